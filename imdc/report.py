@@ -1,0 +1,56 @@
+"""What a prefill did: plain records, filled by the engine and read by callers, the CLI and benchmarks.
+
+Tokens are counted per prompt row; bytes are bytes (never MiB); seconds are wall-clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imdc.config import PrefillConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of one prompt row: `chunk_tokens` read against `memory_before` KV pairs, `memory_after` kept."""
+
+    row: int
+    index: int
+    step_count: int
+    prompt_tokens: int
+    tokens_read: int
+    chunk_tokens: int
+    memory_before: int
+    memory_after: int
+    seconds: float
+    kv_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prompt tokens of this step per wall-clock second."""
+        return self.chunk_tokens / self.seconds if self.seconds > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """The last prefill of a patched model.
+
+    `prompt_tokens` sums over the rows that were really read: identical rows (beams) are read once.
+    `kv_bytes` is what the finished cache stores over all layers, `memory_tokens` the longest row's stored
+    KV pairs per layer and KV head, and `restarts` how often an out-of-memory step began again with a smaller plan.
+    """
+
+    config: PrefillConfig
+    backend: str
+    rows: int
+    prompt_tokens: int
+    memory_tokens: int
+    kv_bytes: int
+    seconds: float
+    steps: tuple[StepReport, ...]
+    restarts: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prompt tokens read per wall-clock second."""
+        return self.prompt_tokens / self.seconds if self.seconds > 0 else float("inf")

@@ -1,0 +1,190 @@
+"""Plain PyTorch of every kernel: what the tests compare with, and the path of the `reference` backend.
+
+Shape letters, used in all of `imdc.kernels`: B rows, Hq query heads, Hkv KV heads (Hq = G * Hkv, head h belongs to
+KV head h // G), Q queries, T keys (memory | chunk), D head size.
+
+Attention is bottom-right causal: query i (of Q) sees key j when j <= T - Q + i, and with a sliding window only when
+also j > T - Q + i - window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A score block of this many float32 elements is 16 MiB; exp and mask double it, so the 64 MiB limit holds.
+_BLOCK_ELEMENTS = 4 * 2**20
+
+
+def _query_block(heads: int, keys: int) -> int:
+    """Query rows per block so that one float32 score block stays within `_BLOCK_ELEMENTS`."""
+    return max(1, _BLOCK_ELEMENTS // max(1, heads * keys))
+
+
+def _visible(first_row: int, rows: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Boolean [rows, keys]: which of all `keys` the rows first_row.. of `queries` may see."""
+    row = torch.arange(first_row, first_row + rows, device=device)[:, None] + (keys - queries)
+    column = torch.arange(keys, device=device)[None, :]
+    seen = column <= row
+    return seen if window is None else seen & (column > row - window)
+
+
+def _block_logits(
+    q: Tensor, k: Tensor, first_row: int, rows: int, *, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """Masked float32 logits [B, Hkv, G, rows, T] of the query rows first_row..first_row+rows."""
+    batch, q_heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    block = q[:, :, first_row : first_row + rows].float().view(batch, kv_heads, q_heads // kv_heads * rows, dim)
+    logits = torch.matmul(block, k.float().transpose(2, 3)).mul_(scale)
+    if softcap is not None:
+        logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
+    logits = logits.view(batch, kv_heads, q_heads // kv_heads, rows, keys)
+    hidden = ~_visible(first_row, rows, queries, keys, window, q.device)
+    return logits.masked_fill_(hidden, float("-inf"))
+
+
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bottom-right causal grouped-query attention over memory | chunk.
+
+    Args:
+        q: queries [B, Hq, Q, D].
+        k: keys [B, Hkv, T, D], T >= Q.
+        v: values, as `k`.
+        scale: factor on the logits.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
+        window: keys further back than this are not seen; None sees all.
+
+    Returns:
+        Output [B, Hq, Q, D] in the dtype of `q`, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
+    """
+    batch, q_heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, q_heads, queries, dtype=torch.float32, device=q.device)
+    values = v.float()
+    step = _query_block(batch * q_heads, keys)
+    for first in range(0, queries, step):
+        rows = min(step, queries - first)
+        logits = _block_logits(q, k, first, rows, scale=scale, softcap=softcap, window=window)
+        block_lse = torch.logsumexp(logits, dim=-1)
+        weights = logits.sub_(block_lse[..., None]).exp_()
+        mixed = torch.matmul(weights.view(batch, kv_heads, -1, keys), values)
+        out[:, :, first : first + rows] = mixed.view(batch, q_heads, rows, dim).to(q.dtype)
+        lse[:, :, first : first + rows] = block_lse.view(batch, q_heads, rows)
+    return out, lse
+
+
+def key_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    rows: int,
+    scored_keys: int | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    pool_kernel: int = 1,
+) -> Tensor:
+    """Importance of every key: the attention it gets from the last `rows` queries.
+
+    mass[j] = mean over the heads of the KV group and over the observing rows that can see j of
+    exp(logit - lse). A key that no observing row sees has mass 0. `lse` comes from `chunk_attention`, so the
+    probabilities are those of the full softmax and the queries x keys matrix never exists as a whole.
+
+    Args:
+        q: queries [B, Hq, Q, D]; the observers are the last `rows` of them.
+        k: keys [B, Hkv, T, D].
+        lse: float32 [B, Hq, Q].
+        scale: factor on the logits.
+        rows: number of observing rows, 1..Q.
+        scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
+        softcap: as in `chunk_attention`.
+        window: as in `chunk_attention`.
+        pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+
+    Returns:
+        float32 [B, Hkv, scored_keys].
+    """
+    batch, q_heads, queries, _ = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    group = q_heads // kv_heads
+    scored = keys if scored_keys is None else scored_keys
+    mass = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=q.device)
+    seen = torch.zeros(keys, dtype=torch.float32, device=q.device)
+    step = _query_block(batch * q_heads, keys)
+    for first in range(queries - rows, queries, step):
+        count = min(step, queries - first)
+        logits = _block_logits(q, k, first, count, scale=scale, softcap=softcap, window=window)
+        logits.sub_(lse[:, :, first : first + count].view(batch, kv_heads, group, count, 1)).exp_()
+        mass += logits.sum(dim=(2, 3))
+        seen += _visible(first, count, queries, keys, window, q.device).sum(dim=0)
+    mass = mass[..., :scored] / (seen[:scored] * group).clamp_min(1.0)
+    return pool(mass, pool_kernel)
+
+
+def pool(mass: Tensor, pool_kernel: int) -> Tensor:
+    """Max-pool scores [B, Hkv, T] over `pool_kernel` neighbouring keys (odd); 1 returns them unchanged."""
+    if pool_kernel == 1:
+        return mass
+    return torch.nn.functional.max_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
+
+
+def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: int = 0) -> Tensor:
+    """Indices of the `keep` best keys of every row, ascending; equal scores go to the lower index.
+
+    The first `sink_tokens` and the last `recent_tokens` keys are always kept.
+
+    Args:
+        scores: float32 [B, Hkv, T], finite.
+        keep: keys kept per KV head, sink_tokens + recent_tokens <= keep <= T.
+        sink_tokens: keys kept at the front.
+        recent_tokens: keys kept at the end.
+
+    Returns:
+        int64 [B, Hkv, keep].
+    """
+    total = scores.shape[-1]
+    ranked = scores.clone()
+    ranked[..., :sink_tokens] = float("inf")
+    ranked[..., total - recent_tokens :] = float("inf")
+    best = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :keep]
+    return torch.sort(best, dim=-1).values
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [..., T, D] by cos, sin [T, R], R <= D (the half-split form of Llama).
+
+    Only the first R dimensions turn (partial rotary of Phi); computed in the dtype of `x`, as transformers does.
+    """
+    width = cos.shape[-1]
+    turned, passed = x[..., :width], x[..., width:]
+    half = width // 2
+    swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
+    turned = turned * cos + swapped * sin
+    return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)
+
+
+def compact(
+    k: Tensor, v: Tensor, indices: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gather the kept keys and values; with cos and sin, kept key r is also rotated to row r of them.
+
+    Args:
+        k: keys [B, Hkv, T, D].
+        v: values, as `k`.
+        indices: int64 [B, Hkv, keep].
+        cos: [keep, R] cosines of the kept keys' new positions, or None.
+        sin: as `cos`.
+
+    Returns:
+        New contiguous keys and values [B, Hkv, keep, D].
+    """
+    index = indices[..., None].expand(*indices.shape, k.shape[-1])
+    kept_k, kept_v = torch.gather(k, 2, index), torch.gather(v, 2, index)
+    if cos is not None and sin is not None:
+        kept_k = rotate(kept_k, cos, sin)
+    return kept_k, kept_v
