@@ -1,0 +1,1 @@
+"""Prefill very long prompts with Hugging Face models chunk by chunk, in bounded memory."""

@@ -1,0 +1,52 @@
+"""Build description of imdc. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.13",
+    "pre-commit>=3.5",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
+    "ruff>=0.8",
+]
+
+setup(
+    name="imdc",
+    version="0.1.0",
+    description="Prefill very long prompts with Hugging Face models in bounded memory",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # The sources of imdc.kernels lie in ./kernels. A top-level package of that name is never shipped: it would land
+    # on Hugging Face's own `kernels`, which transformers imports.
+    packages=["imdc", "imdc.commands", "imdc.kernels"],
+    package_dir={"imdc": "imdc", "imdc.kernels": "kernels"},
+    package_data={"imdc": ["py.typed"]},
+    install_requires=[
+        "einops>=0.8",
+        "rich>=13",
+        "torch>=2.6",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "demo": ["gguf>=0.10", "safetensors>=0.4"],
+        "triton": ["triton>=3.6; platform_system == 'Linux'"],
+        "flash": ["flash-attn>=2.7"],
+        "bench": ["gguf>=0.10", "safetensors>=0.4"],
+        "dev": DEV,
+    },
+    entry_points={"console_scripts": ["imdc=imdc.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
