@@ -1,0 +1,36 @@
+"""Exceptions of imdc. All derive from `ImdcError`; those a caller's argument causes are also `ValueError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ImdcError(Exception):
+    """Base of every error that imdc raises on purpose."""
+
+
+class ConfigError(ImdcError, ValueError):
+    """An option has a name, type or value that cannot work."""
+
+
+class UnsupportedModelError(ImdcError, ValueError):
+    """The model's architecture or mode cannot be prefilled by imdc."""
+
+
+class UnsupportedCallError(ImdcError, ValueError):
+    """The model is supported, but not called in this way."""
+
+
+class CacheMismatchError(ImdcError, ValueError):
+    """A cache was handed to a model, plan or batch that it was not made for."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The end of an error message that suggests the nearest choice, or an empty string.
+
+    >>> did_you_mean("memory_token", ["memory_tokens", "chunk_tokens"])
+    " Did you mean 'memory_tokens'?"
+    """
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,80 @@
+"""Sizes at the edge: bytes and token counts as people write them. Inside imdc, sizes are plain ints in bytes.
+
+"KiB", "MiB", "GiB", "TiB" are powers of 1024; "KB", "MB", "GB", "TB" are powers of 1000. Token counts take "k" and
+"M" as 1,000 and 1,000,000, and "Ki" and "Mi" as 1,024 and 1,048,576.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from imdc.errors import ConfigError
+
+MIB = 2**20
+GIB = 2**30
+
+_BYTE_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_TOKEN_UNITS = {"": 1, "k": 10**3, "m": 10**6, "ki": 2**10, "mi": 2**20}
+_NUMBER = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def _parse(text: str, units: Mapping[str, int], what: str, remedy: str) -> int:
+    match = _NUMBER.fullmatch(text)
+    factor = units.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ConfigError(f"{what} {text!r} is not understood: {remedy}")
+    amount = round(float(match[1].replace(",", "").replace("_", "")) * factor)
+    if amount < 1:
+        raise ConfigError(f"{what} {text!r} must be greater than zero: {remedy}")
+    return amount
+
+
+def parse_bytes(text: str, what: str = "size") -> int:
+    """Bytes of a size such as "24GiB" or "80 GB".
+
+    Args:
+        text: number and unit; the unit is required, since a bare "24" could mean anything.
+        what: name of the argument, for the error message.
+
+    Raises:
+        ConfigError: no unit, an unknown unit, or nothing above zero.
+    """
+    return _parse(text, _BYTE_UNITS, what, "give a number with a unit, such as 24GiB, 512MiB or 80GB")
+
+
+def parse_tokens(text: str, what: str = "token count") -> int:
+    """Tokens of a count such as "32768", "128k" (128,000), "128Ki" (131,072) or "1M".
+
+    Raises:
+        ConfigError: not a number, an unknown unit, or nothing above zero.
+    """
+    return _parse(text, _TOKEN_UNITS, what, "give a whole number of tokens, such as 32768, 128k or 1M")
+
+
+def format_bytes(amount: float) -> str:
+    """A size with three significant digits and a binary unit: "512 B", "1.50 MiB", "24.0 GiB"."""
+    size, unit = float(amount), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            break
+        size, unit = size / 1024, larger
+    if unit == "B":
+        return f"{size:.0f} B"
+    digits = 2 if abs(size) < 10 else 1 if abs(size) < 100 else 0
+    return f"{size:.{digits}f} {unit}"
+
+
+def format_tokens(count: int) -> str:
+    """A token count with thousands separators."""
+    return f"{count:,}"

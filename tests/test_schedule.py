@@ -1,0 +1,227 @@
+"""Every invariant of the schedule, for prompts, chunks, memories and growths of all proportions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from imdc.config import GROWTHS, PrefillConfig
+from imdc.errors import ConfigError
+from imdc.schedule import Step, attention_pairs, build_steps
+
+COMPRESSING = ("imdc", "im", "fm")
+
+
+def _config(schedule: str, memory: int, chunk: int, **options: Any) -> PrefillConfig:
+    return PrefillConfig(
+        schedule=schedule, memory_tokens=memory, chunk_tokens=chunk, sink_tokens=0, recent_tokens=0, **options
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[int, PrefillConfig, int]:
+    """A prompt length, a config of a schedule that compresses, and a stored cache."""
+    memory = draw(st.integers(1, 3000))
+    share = st.floats(0.001, 1.0, allow_nan=False)
+    start = draw(st.one_of(st.integers(1, memory), share))
+    sinks = draw(st.integers(0, min(8, memory)))
+    config = PrefillConfig(
+        schedule=draw(st.sampled_from(COMPRESSING)),
+        growth=draw(st.sampled_from(GROWTHS)),
+        initial_memory=start,
+        memory_tokens=memory,
+        chunk_tokens=draw(st.integers(1, 2000)),
+        sink_tokens=sinks,
+        recent_tokens=draw(st.integers(0, min(40, memory - sinks))),
+    )
+    prompt = draw(st.integers(1, 12_000))
+    assume(prompt / int(config.chunk_tokens) < 500)
+    stored = draw(st.one_of(st.just(0), st.integers(0, memory), st.integers(memory, memory + 500)))
+    return prompt, config, stored
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_chunks_cover_the_prompt_once(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    steps = build_steps(prompt, config, stored_tokens=stored)
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert all(step.chunk_tokens >= 1 for step in steps)
+    end = 0
+    for step in steps:
+        assert step.start == end
+        end += step.chunk_tokens
+    assert end == prompt
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_memory_chains_grows_and_stays_within_the_limit(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    memory = stored
+    for step in build_steps(prompt, config, stored_tokens=stored):
+        assert step.memory_before == memory
+        assert step.memory_after <= min(config.memory_tokens, step.attended_tokens)
+        assert step.memory_after >= min(step.memory_before, config.memory_tokens)
+        memory = step.memory_after
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_nothing_is_dropped_that_need_not_be(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    steps = build_steps(prompt, config, stored_tokens=stored)
+    assert steps[-1].memory_after == min(config.memory_tokens, stored + prompt)
+    if stored + prompt <= config.memory_tokens:
+        assert all(step.memory_after == step.attended_tokens for step in steps)
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_always_kept_tokens_find_room(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    for step in build_steps(prompt, config, stored_tokens=stored):
+        assert step.memory_after >= min(config.sink_tokens + config.recent_tokens, step.attended_tokens)
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_no_step_exceeds_the_budget(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    chunk = int(config.chunk_tokens)
+    steps = build_steps(prompt, config, stored_tokens=stored)
+    budget = config.memory_tokens + chunk
+    assert steps[0].attended_tokens <= max(budget, stored + max(1, chunk // 4))
+    assert all(step.attended_tokens <= budget for step in steps[1:])
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_step_count_is_that_of_equal_chunks(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    count = len(build_steps(prompt, config, stored_tokens=stored))
+    expected = math.ceil(prompt / int(config.chunk_tokens))
+    # A cache over its limit leaves a first chunk below C, which may cost one step more.
+    assert expected <= count <= expected + (stored > config.memory_tokens)
+
+
+@given(cases())
+@settings(max_examples=400, deadline=None)
+def test_imdc_levels_the_steps_and_never_reads_crumbs(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    assume(config.schedule == "imdc" and stored + prompt > config.memory_tokens)
+    steps = build_steps(prompt, config, stored_tokens=stored)
+    least = max(1, (prompt - steps[0].chunk_tokens) // max(1, len(steps) - 1) // 4)
+    assert all(step.chunk_tokens >= least for step in steps[1:])
+    free = [step.attended_tokens for step in steps[1:] if step.chunk_tokens > least]
+    assert not free or max(free) - min(free) <= 1
+    chunks = [step.chunk_tokens for step in steps[1:]]
+    assert all(later <= earlier + 1 for earlier, later in zip(chunks, chunks[1:], strict=False))
+
+
+@given(st.integers(1, 5000), st.integers(1, 600), st.integers(1, 4000), st.integers(0, 4000))
+@settings(max_examples=200, deadline=None)
+def test_full_keeps_everything(prompt: int, chunk: int, memory: int, stored: int) -> None:
+    assume(prompt / chunk < 500)
+    steps = build_steps(prompt, _config("full", memory, chunk), stored_tokens=stored)
+    assert sum(step.chunk_tokens for step in steps) == prompt
+    assert max(step.chunk_tokens for step in steps) <= chunk
+    seen = stored
+    for step in steps:
+        assert (step.memory_before, step.memory_after) == (seen, seen + step.chunk_tokens)
+        seen = step.memory_after
+
+
+@pytest.mark.parametrize("schedule", ["im", "fm"])
+@pytest.mark.parametrize("prompt", [1, 511, 512, 513, 5000])
+def test_equal_chunks_differ_by_one_token(schedule: str, prompt: int) -> None:
+    chunks = [step.chunk_tokens for step in build_steps(prompt, _config(schedule, 1024, 512))]
+    assert len(chunks) == math.ceil(prompt / 512)
+    assert max(chunks) - min(chunks) <= 1
+    assert max(chunks) <= 512
+
+
+def test_fm_is_full_as_soon_as_enough_was_read() -> None:
+    steps = build_steps(4096, _config("fm", 1000, 512))
+    assert [step.memory_after for step in steps] == [512, 1000, 1000, 1000, 1000, 1000, 1000, 1000]
+
+
+@pytest.mark.parametrize(
+    ("growth", "expected"),
+    [
+        # M = 800, a = M / n = 100, n = 8: the paper's own start.
+        ("linear", [100, 200, 300, 400, 500, 600, 700, 800]),
+        ("sqrt", [100, 365, 474, 558, 629, 692, 748, 800]),
+        ("square", [100, 114, 157, 229, 329, 457, 614, 800]),
+        ("inverse_convex", [100, 114, 133, 160, 200, 267, 400, 800]),
+        ("inverse_concave", [100, 500, 633, 700, 740, 767, 786, 800]),
+    ],
+)
+def test_growth_shapes(growth: str, expected: list[int]) -> None:
+    config = _config("im", 800, 1000, growth=growth, initial_memory=100)
+    assert [step.memory_after for step in build_steps(8000, config)] == expected
+
+
+def test_balanced_chunks_are_the_papers_where_nothing_is_clamped() -> None:
+    # N = 8000, n = 8, m = 100, 200 .. 800: c_0 = 1000, c_i = 1000 + mean(100..700) - m_(i-1) = 1400 - m_(i-1).
+    steps = build_steps(8000, _config("imdc", 800, 1000, initial_memory=100))
+    assert [step.chunk_tokens for step in steps] == [1000, 1300, 1200, 1100, 1000, 900, 800, 700]
+    assert [step.memory_after for step in steps] == [100, 200, 300, 400, 500, 600, 700, 800]
+
+
+def test_large_memory_no_longer_yields_a_negative_chunk() -> None:
+    # The authors' rule ends with a chunk of -227 here.
+    steps = build_steps(5000, _config("imdc", 4096, 1024))
+    assert min(step.chunk_tokens for step in steps) == 250
+    assert steps[-1].memory_after == 4096
+
+
+def test_second_turn_over_a_cache_above_its_limit() -> None:
+    steps = build_steps(2000, _config("imdc", 1000, 500), stored_tokens=1300)
+    assert steps[0] == Step(0, 0, 200, 1300, 1000)
+    assert all(step.memory_after == 1000 for step in steps)
+    assert max(step.attended_tokens for step in steps) == 1500
+
+
+@pytest.mark.parametrize("prompt", [16_384, 32_768, 131_072])
+@pytest.mark.parametrize("chunk", [128, 512])
+def test_attention_work_at_eight_chunks_of_memory(prompt: int, chunk: int) -> None:
+    pairs = {name: attention_pairs(build_steps(prompt, _config(name, 8 * chunk, chunk))) for name in COMPRESSING}
+    assert pairs["fm"] / pairs["imdc"] > (1.75 if prompt >= 64 * chunk else 1.5)
+    assert pairs["imdc"] < pairs["im"] < pairs["fm"]
+
+
+def test_attention_pairs_count_the_causal_triangle() -> None:
+    step = Step(index=0, start=0, chunk_tokens=3, memory_before=2, memory_after=5)
+    assert step.attention_pairs == 3 + 4 + 5
+    assert attention_pairs([step, step]) == 24
+
+
+def test_a_very_long_prompt_is_planned_at_once() -> None:
+    steps = build_steps(10_000_000, _config("imdc", 16_384, 1024))
+    assert len(steps) == math.ceil(10_000_000 / 1024)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
+        ({"prompt_tokens": -3}, "prompt_tokens must be at least 1, got -3"),
+        ({"prompt_tokens": 5, "stored_tokens": -1}, "stored_tokens must be at least 0"),
+        ({"prompt_tokens": 5, "chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+    ],
+)
+def test_bad_counts(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_steps(config=PrefillConfig(), **arguments)
+
+
+def test_auto_chunks_must_be_resolved_first() -> None:
+    config = PrefillConfig(chunk_tokens="auto", memory_limit=2**30)
+    with pytest.raises(ConfigError, match=r"resolve it with imdc\.plan"):
+        build_steps(100, config)
+    assert len(build_steps(100, config, chunk_tokens=50)) == 2
