@@ -1,0 +1,147 @@
+"""Exact bytes of the tensors that are alive, and their peak: on CUDA the allocator's own count, elsewhere a dispatch mode.
+
+PyTorch keeps no count on the CPU. The dispatch mode sees every operator's results when they come into being and learns
+by weak references when their storage is freed. What an operator allocates and frees inside itself (sort buffers,
+packed operands of a matrix product) stays unseen; the process's resident memory, recorded beside it, has that too.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Allocations(Protocol):
+    """Bytes alive above those at the start, and their peak since the last reset."""
+
+    def current(self) -> int:
+        """Bytes alive now."""
+
+    def take_peak(self) -> int:
+        """The peak since the last call, which starts the next one from what is alive now."""
+
+    def reserved(self) -> int | None:
+        """The peak of what the allocator holds, free blocks included; None where there is no such thing."""
+
+    def __enter__(self) -> Allocations:
+        """Start to count."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting."""
+
+
+class DispatchAllocations(TorchDispatchMode):
+    """Counts storages that operators create, on any device, in the thread that enters it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes: dict[int, int] = {}
+        self._current = 0
+        self._peak = 0
+        self._next = 0
+        self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and note the storages of its results that no argument brought along."""
+        for tensor in _tensors((args, kwargs)):
+            self._known.setdefault(_address(tensor), tensor.untyped_storage())
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = _address(tensor)
+        if storage.nbytes() == 0 or self._known.get(address) is not None:
+            return
+        self._known[address] = storage
+        self._next += 1
+        self._bytes[self._next] = storage.nbytes()
+        self._current += storage.nbytes()
+        self._peak = max(self._peak, self._current)
+        weakref.finalize(storage, self._free, self._next).atexit = False
+
+    def _free(self, number: int) -> None:
+        self._current -= self._bytes.pop(number)
+
+    def current(self) -> int:
+        """Bytes alive now of storages created since the start."""
+        return self._current
+
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self._peak = self._peak, self._current
+        return peak
+
+    def reserved(self) -> int | None:
+        """Nothing: the CPU has no caching allocator."""
+        return None
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class CudaAllocations:
+    """The caching allocator's own statistics of one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._start = 0
+
+    def __enter__(self) -> CudaAllocations:
+        """Remember what is allocated already."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._start = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to undo: the allocator counts anyway."""
+
+    def current(self) -> int:
+        """Bytes allocated now above the start."""
+        return torch.cuda.memory_allocated(self.device) - self._start
+
+    def take_peak(self) -> int:
+        """The allocated peak since the last call, above the start."""
+        peak = torch.cuda.max_memory_allocated(self.device) - self._start
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def reserved(self) -> int | None:
+        """The reserved peak since the last `take_peak`; all of it, weights included."""
+        return torch.cuda.max_memory_reserved(self.device)
+
+
+def allocations_of(device: torch.device) -> Allocations:
+    """The counter for tensors on `device`."""
+    return CudaAllocations(device) if device.type == "cuda" else DispatchAllocations()
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process, of all its threads and libraries; None where /proc does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None

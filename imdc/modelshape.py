@@ -1,0 +1,202 @@
+"""The sizes of a decoder-only model that its memory and arithmetic follow from, read from its config alone.
+
+Works on any object with the attributes of a transformers config (or a namespace made from config.json), so that a plan
+needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imdc.errors import UnsupportedModelError
+
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
+
+# config.json leaves out what equals the default of its config class; these classes differ from most others.
+_TIED_BY_DEFAULT = ("gemma", "cohere", "gpt2")
+_QKV_BIAS_BY_DEFAULT = ("qwen2",)
+_QK_NORM = ("qwen3", "gemma3", "olmo2")
+_FOUR_NORMS = ("gemma2", "gemma3")
+_FUSED_MLP = ("phi3",)
+_UNGATED_MLP = ("gpt2", "gpt_neox", "phi", "starcoder2", "falcon", "opt", "bloom", "mpt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of one model.
+
+    Attributes:
+        family: the config's `model_type`.
+        layers: decoder layers, of which `sliding_layers` see a window of `window` keys only and are not compressed.
+        hidden: width H of the residual stream.
+        intermediate: width I of the MLP (of one expert, in a mixture).
+        q_heads: query heads Hq.
+        kv_heads: KV heads Hkv.
+        head_dim: head size D.
+        vocab: rows of the embedding.
+        max_positions: the trained window in tokens; None where the config does not say.
+        dtype: name of the weights' type.
+        dtype_bytes: bytes per weight and per activation.
+        tied: the output head shares the embedding.
+        gated: the MLP has a gate and an up projection (SwiGLU) rather than one.
+        fused_mlp: gate and up are one matrix (Phi-3), whose output lives as long as either half.
+        experts: experts per MLP; 1 for a dense model.
+        experts_per_token: experts that each token passes.
+        qkv_bias: query, key and value projections have a bias.
+        qk_norm: queries and keys are normalised per head.
+        norms_per_layer: RMS norms per layer besides those of queries and keys.
+        weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int | None = None
+    dtype: str = "float32"
+    dtype_bytes: int = 4
+    sliding_layers: int = 0
+    window: int | None = None
+    tied: bool = False
+    gated: bool = True
+    fused_mlp: bool = False
+    experts: int = 1
+    experts_per_token: int = 1
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norms_per_layer: int = 2
+    weight_bytes: int | None = None
+
+    @property
+    def full_layers(self) -> int:
+        """Layers that attend to everything, whose memory is compressed."""
+        return self.layers - self.sliding_layers
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
+        attention += (q_width + 2 * kv_width) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        expert = (3 if self.gated else 2) * self.hidden * self.intermediate
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + expert * self.experts + router + self.norms_per_layer * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return self.parameters * self.dtype_bytes if self.weight_bytes is None else self.weight_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token's key and value take in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """The shape that a transformers config describes (its text part, where it has several).
+
+        Raises:
+            UnsupportedModelError: not a decoder-only transformer, or a size is missing.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError("encoder-decoder models are not supported; imdc reads prompts of decoder models")
+        text = getattr(config, "text_config", None)
+        config = config if text is None else text
+        family = str(getattr(config, "model_type", "unknown"))
+        q_heads = _size(config, family, "num_attention_heads", "n_head")
+        hidden = _size(config, family, "hidden_size", "n_embd")
+        layers = _size(config, family, "num_hidden_layers", "n_layer")
+        dtype = _dtype_name(config)
+        sliding, window = _sliding(config, layers)
+        experts = int(_first(config, ("num_local_experts", "num_experts", "n_routed_experts")) or 1)
+        expert_width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
+        return cls(
+            family=family,
+            layers=layers,
+            hidden=hidden,
+            intermediate=int(expert_width or _size(config, family, "intermediate_size", "n_inner")),
+            q_heads=q_heads,
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or q_heads),
+            head_dim=int(getattr(config, "head_dim", None) or hidden // q_heads),
+            vocab=_size(config, family, "vocab_size"),
+            max_positions=_first(config, ("max_position_embeddings", "n_positions")),
+            dtype=dtype,
+            dtype_bytes=_DTYPE_BYTES[dtype],
+            sliding_layers=sliding,
+            window=window,
+            tied=bool(_default(config, "tie_word_embeddings", family.startswith(_TIED_BY_DEFAULT))),
+            gated=family not in _UNGATED_MLP,
+            fused_mlp=family in _FUSED_MLP,
+            experts=experts,
+            experts_per_token=int(getattr(config, "num_experts_per_tok", None) or 1),
+            qkv_bias=bool(_default(config, "attention_bias", False)) or family.startswith(_QKV_BIAS_BY_DEFAULT),
+            qk_norm=family.startswith(_QK_NORM),
+            norms_per_layer=4 if family.startswith(_FOUR_NORMS) else 2,
+        )
+
+    @classmethod
+    def from_model(cls, model: Any) -> ModelShape:
+        """The shape of a loaded model, with the bytes its parameters and buffers really take."""
+        storages: dict[int, int] = {}
+        tensors: Iterable[Any] = [*model.parameters(), *model.buffers()]
+        for tensor in tensors:
+            storages[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+        shape = cls.from_config(model.config)
+        dtype = str(model.dtype).rpartition(".")[2]
+        return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=_DTYPE_BYTES[dtype])
+
+
+def _first(config: Any, names: Iterable[str]) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _default(config: Any, name: str, default: Any) -> Any:
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def _size(config: Any, family: str, *names: str) -> int:
+    value = _first(config, names)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModelError(
+            f"the config of model type {family!r} has {names[0]}={value!r}; a plan needs it as a positive int"
+        )
+    return value
+
+
+def _dtype_name(config: Any) -> str:
+    value = getattr(config, "dtype", None)
+    if value is None:
+        value = getattr(config, "torch_dtype", None)
+    name = "float32" if value is None else str(value).rpartition(".")[2]
+    if name not in _DTYPE_BYTES:
+        raise UnsupportedModelError(f"the config has dtype {name!r}; a plan knows {', '.join(sorted(_DTYPE_BYTES))}")
+    return name
+
+
+def _sliding(config: Any, layers: int) -> tuple[int, int | None]:
+    """Number of sliding-window layers and their window, by the rules of transformers' own caches."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        sliding = sum("sliding" in str(kind) for kind in kinds)
+    elif window is None or getattr(config, "use_sliding_window", True) is False:
+        sliding = 0
+    else:
+        pattern = getattr(config, "sliding_window_pattern", None)
+        skipped = getattr(config, "max_window_layers", None) or 0
+        sliding = layers - layers // pattern if pattern else max(0, layers - skipped)
+    return (sliding, int(window)) if sliding and window else (0, None)
