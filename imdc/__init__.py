@@ -1,1 +1,48 @@
-"""Prefill very long prompts with Hugging Face models chunk by chunk, in bounded memory."""
+"""Prefill very long prompts with Hugging Face models chunk by chunk, in bounded memory.
+
+Names are imported on first use: importing `imdc` changes nothing global and needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imdc.config import PrefillConfig as PrefillConfig
+    from imdc.memory import ImdcCache as ImdcCache
+    from imdc.patch import PatchHandle as PatchHandle
+    from imdc.patch import patch as patch
+    from imdc.plan import Plan as Plan
+    from imdc.plan import plan as plan
+    from imdc.report import PrefillReport as PrefillReport
+    from imdc.report import StepReport as StepReport
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PrefillConfig": "imdc.config",
+    "ImdcCache": "imdc.memory",
+    "PatchHandle": "imdc.patch",
+    "patch": "imdc.patch",
+    "Plan": "imdc.plan",
+    "plan": "imdc.plan",
+    "PrefillReport": "imdc.report",
+    "StepReport": "imdc.report",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'imdc' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -9,16 +9,20 @@ also j > T - Q + i - window.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-# A score block of this many float32 elements is 16 MiB; exp and mask double it, so the 64 MiB limit holds.
+# Float32 elements of one score block: 16 MiB. Its exponentials and its mask are temporaries of that size too.
 _BLOCK_ELEMENTS = 4 * 2**20
 
 
-def _query_block(heads: int, keys: int) -> int:
-    """Query rows per block so that one float32 score block stays within `_BLOCK_ELEMENTS`."""
-    return max(1, _BLOCK_ELEMENTS // max(1, heads * keys))
+def _row_blocks(first: int, last: int, elements_per_row: int) -> Iterator[tuple[int, int]]:
+    """Cut the query rows first..last into (start, count) blocks of at most `_BLOCK_ELEMENTS` scores."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, elements_per_row))
+    for start in range(first, last, step):
+        yield start, min(step, last - start)
 
 
 def _visible(first_row: int, rows: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -29,19 +33,12 @@ def _visible(first_row: int, rows: int, queries: int, keys: int, window: int | N
     return seen if window is None else seen & (column > row - window)
 
 
-def _block_logits(
-    q: Tensor, k: Tensor, first_row: int, rows: int, *, scale: float, softcap: float | None, window: int | None
-) -> Tensor:
-    """Masked float32 logits [B, Hkv, G, rows, T] of the query rows first_row..first_row+rows."""
-    batch, q_heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    block = q[:, :, first_row : first_row + rows].float().view(batch, kv_heads, q_heads // kv_heads * rows, dim)
-    logits = torch.matmul(block, k.float().transpose(2, 3)).mul_(scale)
+def _block_logits(rows: Tensor, keys: Tensor, visible: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """Masked float32 logits [B, G, R, T] of the query rows [B, G, R, D] against one KV head's float32 keys [B, T, D]."""
+    logits = torch.matmul(rows.float(), keys[:, None].transpose(2, 3)).mul_(scale)
     if softcap is not None:
         logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
-    logits = logits.view(batch, kv_heads, q_heads // kv_heads, rows, keys)
-    hidden = ~_visible(first_row, rows, queries, keys, window, q.device)
-    return logits.masked_fill_(hidden, float("-inf"))
+    return logits.masked_fill_(~visible, float("-inf"))
 
 
 def chunk_attention(
@@ -60,20 +57,22 @@ def chunk_attention(
     Returns:
         Output [B, Hq, Q, D] in the dtype of `q`, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
     """
-    batch, q_heads, queries, dim = q.shape
+    batch, q_heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
+    group = q_heads // kv_heads
     out = torch.empty_like(q)
     lse = torch.empty(batch, q_heads, queries, dtype=torch.float32, device=q.device)
-    values = v.float()
-    step = _query_block(batch * q_heads, keys)
-    for first in range(0, queries, step):
-        rows = min(step, queries - first)
-        logits = _block_logits(q, k, first, rows, scale=scale, softcap=softcap, window=window)
-        block_lse = torch.logsumexp(logits, dim=-1)
-        weights = logits.sub_(block_lse[..., None]).exp_()
-        mixed = torch.matmul(weights.view(batch, kv_heads, -1, keys), values)
-        out[:, :, first : first + rows] = mixed.view(batch, q_heads, rows, dim).to(q.dtype)
-        lse[:, :, first : first + rows] = block_lse.view(batch, q_heads, rows)
+    for head in range(kv_heads):
+        of_group = slice(head * group, (head + 1) * group)
+        head_keys, head_values = k[:, head].float(), v[:, head].float()
+        for first, count in _row_blocks(0, queries, batch * group * keys):
+            rows = slice(first, first + count)
+            visible = _visible(first, count, queries, keys, window, q.device)
+            logits = _block_logits(q[:, of_group, rows], head_keys, visible, scale=scale, softcap=softcap)
+            block_lse = torch.logsumexp(logits, dim=-1)
+            weights = logits.sub_(block_lse[..., None]).exp_()
+            out[:, of_group, rows] = torch.matmul(weights, head_values[:, None]).to(q.dtype)
+            lse[:, of_group, rows] = block_lse
     return out, lse
 
 
@@ -115,13 +114,14 @@ def key_mass(
     scored = keys if scored_keys is None else scored_keys
     mass = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=q.device)
     seen = torch.zeros(keys, dtype=torch.float32, device=q.device)
-    step = _query_block(batch * q_heads, keys)
-    for first in range(queries - rows, queries, step):
-        count = min(step, queries - first)
-        logits = _block_logits(q, k, first, count, scale=scale, softcap=softcap, window=window)
-        logits.sub_(lse[:, :, first : first + count].view(batch, kv_heads, group, count, 1)).exp_()
-        mass += logits.sum(dim=(2, 3))
-        seen += _visible(first, count, queries, keys, window, q.device).sum(dim=0)
+    for first, count in _row_blocks(queries - rows, queries, batch * group * keys):
+        visible = _visible(first, count, queries, keys, window, q.device)
+        seen += visible.sum(dim=0)
+        block = slice(first, first + count)
+        for head in range(kv_heads):
+            of_group = slice(head * group, (head + 1) * group)
+            logits = _block_logits(q[:, of_group, block], k[:, head].float(), visible, scale=scale, softcap=softcap)
+            mass[:, head] += logits.sub_(lse[:, of_group, block, None]).exp_().sum(dim=(1, 2))
     mass = mass[..., :scored] / (seen[:scored] * group).clamp_min(1.0)
     return pool(mass, pool_kernel)
 

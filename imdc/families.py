@@ -1,0 +1,187 @@
+"""The model families that imdc can prefill: one table row each, and how to find the parts of such a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from imdc.errors import UnsupportedModelError, did_you_mean
+from imdc.memory import MemoryLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What sets one architecture apart.
+
+    Attributes:
+        model_type: `config.model_type` of transformers.
+        title: the name people know it by.
+        rope_by_layer_type: the rotary module takes the layer type (Gemma 3 has two bases).
+        rope_flag: attribute of an attention module that is false where the layer has no rotary embedding.
+        mask_mapping: the decoder's forward takes one mask per layer type.
+    """
+
+    model_type: str
+    title: str
+    rope_by_layer_type: bool = False
+    rope_flag: str | None = None
+    mask_mapping: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama, SmolLM2"),
+        Family("mistral", "Mistral"),
+        Family("qwen2", "Qwen2, Qwen2.5", mask_mapping=True),
+        Family("qwen3", "Qwen3", mask_mapping=True),
+        Family("phi3", "Phi-3, Phi-4"),
+        Family("gemma2", "Gemma 2", mask_mapping=True),
+        Family("gemma3_text", "Gemma 3 (text)", rope_by_layer_type=True, mask_mapping=True),
+        Family("granite", "Granite"),
+        Family("olmo2", "OLMo 2"),
+        Family("smollm3", "SmolLM3", rope_flag="use_rope", mask_mapping=True),
+        Family("qwen3_moe", "Qwen3-MoE"),
+        Family("mixtral", "Mixtral"),
+    )
+}
+
+
+def supported() -> str:
+    """All supported families in one line, for messages."""
+    return ", ".join(f"{family.title} ({family.model_type})" for family in FAMILIES.values())
+
+
+def family_of(config: Any) -> Family:
+    """The table row of a transformers config.
+
+    Raises:
+        UnsupportedModelError: the architecture is not in the table, or is an encoder-decoder.
+    """
+    model_type = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model_type={model_type!r} is an encoder-decoder; imdc prefills decoder-only models: {supported()}"
+        )
+    if model_type not in FAMILIES:
+        hint = did_you_mean(str(model_type), FAMILIES)
+        raise UnsupportedModelError(f"model_type={model_type!r} is not supported.{hint} Supported: {supported()}")
+    return FAMILIES[model_type]
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of a causal language model that the engine drives.
+
+    Attributes:
+        model: the model with its LM head.
+        decoder: the model without it.
+        config: the config that the decoder and its attention modules read.
+        family: its table row.
+        rotary_layers: per layer, whether it rotates queries and keys.
+        layer_types: per layer, the key of its rotary base, None where all share one.
+        windows: per layer, the sliding window in tokens, None for full attention.
+    """
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    config: Any
+    family: Family
+    rotary_layers: tuple[bool, ...]
+    layer_types: tuple[str | None, ...]
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Parts:
+        """Find the parts of `model`.
+
+        Raises:
+            UnsupportedModelError: `model` is not a causal language model of a supported family.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModelError(
+                f"model is a {type(model).__name__}, not a transformers PreTrainedModel; pass the loaded causal model"
+            )
+        family = family_of(model.config)
+        decoder = getattr(model, "model", None)
+        layers = getattr(decoder, "layers", None)
+        if model.get_output_embeddings() is None or not isinstance(decoder, nn.Module) or layers is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no language-model head over a decoder; load it with AutoModelForCausalLM"
+            )
+        config = decoder.config
+        attentions = [layer.self_attn for layer in layers]
+        flag = family.rope_flag
+        return cls(
+            model=model,
+            decoder=decoder,
+            config=config,
+            family=family,
+            rotary_layers=tuple(flag is None or bool(getattr(attention, flag)) for attention in attentions),
+            layer_types=tuple(
+                config.layer_types[number] if family.rope_by_layer_type else None for number in range(len(layers))
+            ),
+            windows=_windows(config, len(layers)),
+        )
+
+    @property
+    def trained_window(self) -> int:
+        """Positions that the model was trained for."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Its short factors, which hold for all positions of a bounded memory, end here.
+            return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
+        return int(self.config.max_position_embeddings)
+
+    def cache_layers(self) -> list[MemoryLayer | DynamicSlidingWindowLayer]:
+        """Fresh cache layers: compressed ones for full attention, transformers' own for sliding windows."""
+        return [MemoryLayer() if window is None else DynamicSlidingWindowLayer(window) for window in self.windows]
+
+    def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [T, R] of `positions` (int64 [T]) without attention scaling; None where nothing turns.
+
+        The scaling of long-context variants (YaRN) is already in the canonical keys, which the model computes at
+        position 0.
+        """
+        if not self.rotary_layers[layer]:
+            return None
+        module: Any = self.decoder.rotary_emb
+        kind = self.layer_types[layer]
+        probe = torch.empty(0, dtype=torch.float32, device=positions.device)
+        if kind is None:
+            cos, sin = module(probe, positions[None])
+            scaling = getattr(module, "attention_scaling", 1.0)
+        else:
+            cos, sin = module(probe, positions[None], kind)
+            scaling = getattr(module, f"{kind}_attention_scaling", 1.0)
+        if scaling != 1.0:
+            cos, sin = cos / scaling, sin / scaling
+        return cos[0].to(dtype), sin[0].to(dtype)
+
+
+def _windows(config: Any, count: int) -> tuple[int | None, ...]:
+    """Per layer the sliding window that transformers' own cache would use.
+
+    Raises:
+        UnsupportedModelError: a layer keeps another kind of state (linear attention, chunked attention).
+    """
+    own = DynamicCache(config=config).layers
+    if not own:
+        return (None,) * count
+    windows: list[int | None] = []
+    for number, layer in enumerate(own):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            windows.append(int(layer.sliding_window))
+        else:
+            raise UnsupportedModelError(
+                f"layer {number} of model_type={config.model_type!r} keeps a {type(layer).__name__}; imdc knows full "
+                f"and sliding-window attention only"
+            )
+    return tuple(windows)
