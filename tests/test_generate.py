@@ -1,0 +1,203 @@
+"""The patch on tiny random models: exactness, batches, turns, decoding modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, greedy
+
+import imdc
+from imdc.attention import ALL_ATTENTION_FUNCTIONS
+from imdc.memory import MemoryLayer
+
+ROOMY = {"memory_tokens": 512, "chunk_tokens": 48}
+TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}
+
+
+def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    alone = [prompt(length, seed=length) for length in lengths]
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(alone):
+        ids[row, width - tokens.shape[1] :] = tokens[0]
+        mask[row, width - tokens.shape[1] :] = 1
+    return ids, mask, alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("schedule", ["imdc", "im", "fm", "full"])
+def test_roomy_memory_gives_the_unpatched_logits(family: str, positions: str, schedule: str) -> None:
+    model = FAMILIES[family]()
+    ids = prompt(150)
+    wanted = greedy(model, ids)
+    with imdc.patch(model, schedule=schedule, positions=positions, **ROOMY) as handle:
+        got = greedy(model, ids)
+        assert handle.report is not None and len(handle.report.steps) > 2
+    assert torch.equal(got.sequences, wanted.sequences)
+    for ours, theirs in zip(got.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_padded_rows_are_what_they_would_be_alone(family: str, positions: str) -> None:
+    model = FAMILIES[family]()
+    ids, mask, alone = left_padded(150, 97, 20)
+    with imdc.patch(model, positions=positions, **TIGHT):
+        together = greedy(model, ids, attention_mask=mask).sequences[:, ids.shape[1] :]
+        single = [greedy(model, row).sequences[:, row.shape[1] :] for row in alone]
+    for got, wanted in zip(together, single, strict=True):
+        assert torch.equal(got, wanted[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padded_rows_are_what_they_would_be_alone(family: str) -> None:
+    model = FAMILIES[family]()
+    long, short = prompt(150), prompt(90, seed=1)
+    ids = torch.cat((long, torch.nn.functional.pad(short, (0, 60))))
+    mask = torch.ones_like(ids)
+    mask[1, 90:] = 0
+    with imdc.patch(model, **TIGHT):
+        together = greedy(model, ids, attention_mask=mask).sequences[:, 150:]
+        single = [greedy(model, row).sequences[:, row.shape[1] :] for row in (long, short)]
+    for got, wanted in zip(together, single, strict=True):
+        assert torch.equal(got, wanted[0])
+
+
+@pytest.mark.parametrize("observer", ["prompt_tail", "window", "all_queries", "sink_recent", "key_diff", "random"])
+@pytest.mark.parametrize("schedule", ["imdc", "im", "fm"])
+def test_no_layer_ever_stores_more_than_the_plan_says(observer: str, schedule: str) -> None:
+    model = FAMILIES["llama"]()
+    stored: list[int] = []
+    per_token = 3 * 2 * 2 * 16 * 4  # layers, KV heads, keys and values, head size, bytes
+    with imdc.patch(
+        model, schedule=schedule, observer=observer, on_step=lambda s: stored.append(s.kv_bytes), **TIGHT
+    ) as handle:
+        output = greedy(model, prompt(300))
+        assert handle.report is not None
+        assert stored == [step.memory_after * per_token for step in handle.report.steps]
+        assert handle.report.memory_tokens == 64
+        assert max(step.memory_after for step in handle.report.steps) == 64
+    layer = output.past_key_values.layers[0]
+    assert isinstance(layer, MemoryLayer)
+    assert layer.stored == 64 + layer.tail
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_turns_stay_bounded(positions: str) -> None:
+    model = FAMILIES["llama"]()
+    with imdc.patch(model, positions=positions, **TIGHT) as handle:
+        cache, history = None, prompt(0)
+        for turn in range(10):
+            new = prompt([200, 1, 40, 7, 90, 1, 2, 33, 64, 128][turn], seed=turn)
+            history = torch.cat((history, new), dim=1)
+            output = greedy(model, history, past_key_values=cache, attention_mask=torch.ones_like(history))
+            cache, history = output.past_key_values, output.sequences
+            assert handle.report is not None
+            assert handle.report.memory_tokens <= 64
+            assert cache.stored_tokens() <= 64 + output.sequences.shape[1]
+            assert cache.get_seq_length() == history.shape[1] - 1
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_two_roomy_turns_equal_the_unpatched_model(positions: str) -> None:
+    model = FAMILIES["llama"]()
+    first, second = prompt(120), prompt(50, seed=1)
+
+    def talk() -> torch.Tensor:
+        one = greedy(model, first)
+        history = torch.cat((one.sequences, second), dim=1)
+        mask = torch.ones_like(history)
+        return greedy(model, history, past_key_values=one.past_key_values, attention_mask=mask).sequences
+
+    wanted = talk()
+    with imdc.patch(model, positions=positions, **ROOMY):
+        assert torch.equal(talk(), wanted)
+
+
+def test_beams_equal_beams_over_the_unpatched_model_and_read_the_prompt_once() -> None:
+    model = FAMILIES["llama"]()
+    ids = prompt(150)
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
+    wanted = model.generate(ids, pad_token_id=0, **options)
+    with imdc.patch(model, **ROOMY) as handle:
+        assert torch.equal(model.generate(ids, pad_token_id=0, **options), wanted)
+        assert handle.report is not None and handle.report.rows == 1
+
+
+@pytest.mark.parametrize("limits", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_prompt_lookup_equals_greedy(limits: dict[str, int]) -> None:
+    model = FAMILIES["llama"]()
+    ids = torch.cat([prompt(30)] * 5, dim=1)
+    with imdc.patch(model, **limits):
+        wanted = greedy(model, ids).sequences
+        got = model.generate(
+            ids, prompt_lookup_num_tokens=5, max_new_tokens=12, do_sample=False, pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
+        )  # fmt: skip
+    assert torch.equal(got, wanted)
+
+
+def test_sampling_with_a_seed_equals_the_unpatched_model() -> None:
+    model = FAMILIES["llama"]()
+    ids = prompt(100)
+
+    def sample() -> torch.Tensor:
+        torch.manual_seed(3)
+        return model.generate(ids, do_sample=True, max_new_tokens=12, num_return_sequences=3, pad_token_id=0)
+
+    wanted = sample()
+    with imdc.patch(model, **ROOMY):
+        assert torch.equal(sample(), wanted)
+
+
+def test_out_of_memory_starts_again_with_the_smaller_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imdc.attention import StepRun
+
+    model = FAMILIES["llama"]()
+    ids = prompt(256)
+    options = {"memory_tokens": 64, "sink_tokens": 2, "recent_tokens": 8, "schedule": "fm"}
+    with imdc.patch(model, chunk_tokens=64, **options):
+        wanted = greedy(model, ids)
+    attend = StepRun.attend
+
+    def limited(self: StepRun, layer: int, q: torch.Tensor, *rest: torch.Tensor, **named: object) -> torch.Tensor:
+        if self.step.chunk_tokens > 64:
+            raise torch.OutOfMemoryError("injected")
+        return attend(self, layer, q, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StepRun, "attend", limited)
+    with imdc.patch(model, chunk_tokens=128, **options) as handle:
+        with pytest.warns(RuntimeWarning, match="starts again"):
+            got = greedy(model, ids)
+        assert handle.report is not None and handle.report.restarts == 1
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, wanted.logits, strict=True))
+
+
+def test_an_error_inside_a_layer_leaves_model_and_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"]()
+    first, second = prompt(150), prompt(60, seed=1)
+    with imdc.patch(model, **TIGHT):
+        one = greedy(model, first)
+        history = torch.cat((one.sequences, second), dim=1)
+        mask = torch.ones_like(history)
+        keys = one.past_key_values.layers[1].keys.clone()
+        own = model.config._attn_implementation
+        with monkeypatch.context() as patched:
+            patched.setattr(model.model.layers[2].mlp, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                greedy(model, history, past_key_values=one.past_key_values, attention_mask=mask)
+        assert model.config._attn_implementation == own
+        assert torch.equal(one.past_key_values.layers[1].keys, keys)
+        again = greedy(model, history, past_key_values=one.past_key_values, attention_mask=mask)
+        one = greedy(model, first)
+        fresh = greedy(model, history, past_key_values=one.past_key_values, attention_mask=mask)
+    assert torch.equal(again.sequences, fresh.sequences)
+    assert not any(str(name).startswith("imdc_") for name in ALL_ATTENTION_FUNCTIONS)

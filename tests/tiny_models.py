@@ -1,0 +1,77 @@
+"""Tiny random models of every supported family, and the greedy call that most tests compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+_SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    # Out of the vocabulary: nothing stops a generation early.
+    "eos_token_id": None,
+    # Of the usual 0.02, tiny random models attend almost evenly and would hide an exchanged key.
+    "initializer_range": 0.2,
+}
+
+
+def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model in eval mode; `overrides` go to its config."""
+    name, extra = _CLASSES[family]
+    config = getattr(transformers, f"{name}Config")(**{**_SHAPE, **extra, **overrides})
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    return model.eval()
+
+
+_SLIDING = {"sliding_window": 24}
+_MIXED = {**_SLIDING, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2}
+_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral_sliding": ("Mistral", _SLIDING),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "phi3": ("Phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "gemma2": ("Gemma2", {**_MIXED, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3Text", {**_MIXED, "query_pre_attn_scalar": 16}),
+    "granite": ("Granite", {"attention_multiplier": 0.25}),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64}),
+    "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
+}
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    family: (lambda family: lambda **overrides: build(family, **overrides))(family) for family in _CLASSES
+}
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> GenerateDecoderOnlyOutput:
+    """Twelve greedy tokens with their logits and the cache."""
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    output = model.generate(
+        ids,
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    return output
