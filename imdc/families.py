@@ -115,6 +115,12 @@ class Parts:
                 f"{type(model).__name__} has no language-model head over a decoder; load it with AutoModelForCausalLM"
             )
         config = decoder.config
+        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+            # transformers before 5.20 drops the cap there without a word, later ones raise at the first token.
+            raise UnsupportedModelError(
+                "attn_implementation='sdpa' cannot cap logits as this model does; load it with "
+                "attn_implementation='eager'"
+            )
         attentions = [layer.self_attn for layer in layers]
         flag = family.rope_flag
         return cls(
