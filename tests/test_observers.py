@@ -1,0 +1,131 @@
+"""Observers against dense attention, and the limits of their temporaries."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imdc.backends import REFERENCE, SDPA, Backend
+from imdc.config import PrefillConfig
+from imdc.kernels import reference
+from imdc.observers import OBSERVERS, Observation, get_observer
+
+B, HQ, HKV, D = 1, 6, 2, 16
+
+
+def observation(
+    observer: str, backend: Backend, *, memory: int = 20, chunk: int = 12, tail: int = 4, pool: int = 1
+) -> Observation:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, HQ, chunk + tail, D, generator=generator)
+    k, v = (torch.randn(B, HKV, memory + chunk + tail, D, generator=generator) for _ in range(2))
+    _, lse = backend.chunk_attention(q, k, v, scale=0.25)
+    config = PrefillConfig(
+        observer=observer, observation_tokens=4, pool_kernel=pool, memory_tokens=16, sink_tokens=2, recent_tokens=2
+    )
+    return Observation(
+        q=q, k=k, lse=lse, scale=0.25, softcap=None, chunk_tokens=chunk, tail_rows=tail, layer=1, step=2,
+        config=config, backend=backend,
+    )  # fmt: skip
+
+
+def dense_mass(seen: Observation, rows: int) -> torch.Tensor:
+    """The definition, head by head and key by key, from the whole attention matrix in float64."""
+    queries, keys = seen.q.shape[2], seen.k.shape[2]
+    group = HQ // HKV
+    mass = torch.zeros(B, HKV, seen.scored_keys, dtype=torch.float64)
+    for kv_head in range(HKV):
+        for j in range(seen.scored_keys):
+            found = []
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                for i in range(queries - rows, queries):
+                    visible = keys - queries + i + 1
+                    if j < visible:
+                        logits = seen.k[0, kv_head, :visible].double() @ seen.q[0, head, i].double() * seen.scale
+                        found.append(logits.softmax(0)[j])
+            mass[0, kv_head, j] = torch.stack(found).mean() if found else 0.0
+    return mass
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, SDPA], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(
+    ("observer", "tail", "rows"), [("prompt_tail", 4, 4), ("prompt_tail", 0, 4), ("window", 0, 4), ("all_queries", 0, 12)]
+)
+def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
+    backend: Backend, observer: str, tail: int, rows: int
+) -> None:
+    seen = observation(observer, backend, tail=tail)
+    scores = get_observer(observer)(seen)
+    torch.testing.assert_close(scores.double(), dense_mass(seen, rows), atol=1e-6, rtol=1e-5)
+
+
+def test_pooling_over_the_wrong_heads_would_be_seen() -> None:
+    """One query head attends to key 3 only: exactly its own KV head may see that."""
+    q, k = torch.zeros(1, HQ, 1, D), torch.zeros(1, HKV, 8, D)
+    q[0, 2, 0, 0] = 40.0  # head 2 of heads 0..5 belongs to KV head 0; pooled as heads 0, 2, 4 it would not stay there
+    k[0, :, 3, 0] = 40.0
+    v = torch.zeros_like(k)
+    _, lse = reference.chunk_attention(q, k, v, scale=1.0)
+    mass = reference.key_mass(q, k, lse, scale=1.0, rows=1)
+    even = 1 / 8
+    assert mass[0, 0, 3].item() == pytest.approx((1 + 2 * even) / 3)
+    assert mass[0, 1, 3].item() == pytest.approx(even)
+
+
+def test_max_pooling_keeps_neighbours() -> None:
+    plain = get_observer("window")(observation("window", REFERENCE, tail=0))
+    pooled = get_observer("window")(observation("window", REFERENCE, tail=0, pool=5))
+    for j in range(plain.shape[-1]):
+        assert torch.equal(pooled[..., j], plain[..., max(0, j - 2) : j + 3].amax(-1))
+
+
+def test_sink_recent_prefers_the_latest() -> None:
+    seen = observation("sink_recent", REFERENCE, tail=0)
+    chosen = REFERENCE.select(OBSERVERS["sink_recent"](seen), 8, sink_tokens=2, recent_tokens=2)
+    assert chosen[0, 0].tolist() == [0, 1, 26, 27, 28, 29, 30, 31]
+
+
+def test_key_diff_drops_what_is_like_the_mean() -> None:
+    seen = observation("key_diff", REFERENCE, tail=0)
+    seen.k[:] = 1.0
+    seen.k[:, :, 7] = -1.0
+    assert OBSERVERS["key_diff"](seen).argmax(-1).tolist() == [[7, 7]]
+
+
+def test_random_differs_by_layer_and_step_and_repeats() -> None:
+    seen = observation("random", REFERENCE, tail=0)
+    again = observation("random", REFERENCE, tail=0)
+    assert torch.equal(OBSERVERS["random"](seen), OBSERVERS["random"](again))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operator returns, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [16, 4096], ids=["w=16", "all queries"])
+def test_scoring_llama_8b_shapes_needs_no_temporary_above_64_mib(rows: int) -> None:
+    chunk, memory, q_heads, kv_heads, dim = 4096, 8192, 32, 8, 128
+    if rows == chunk:  # one KV head shows the block size; the others only repeat it
+        q_heads, kv_heads = 4, 1
+    q = torch.randn(1, q_heads, chunk, dim, dtype=torch.bfloat16)
+    k = torch.randn(1, kv_heads, memory + chunk, dim, dtype=torch.bfloat16)
+    lse = torch.full((1, q_heads, chunk), math.log(memory + chunk) + 1.0)
+    with _Largest() as seen:
+        mass = reference.key_mass(q, k, lse, scale=dim**-0.5, rows=rows, pool_kernel=15)
+    assert mass.shape == (1, kv_heads, memory + chunk)
+    assert 0 < seen.bytes <= 64 * 2**20
