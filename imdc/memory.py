@@ -208,9 +208,12 @@ class ImdcCache(Cache):
         rows: per-row state, None before the first prefill.
     """
 
-    def __init__(self, layers: list[MemoryLayer | DynamicSlidingWindowLayer], *, owner: object) -> None:
+    def __init__(
+        self, layers: list[MemoryLayer | DynamicSlidingWindowLayer], *, owner: object, can_crop: bool = True
+    ) -> None:
         super().__init__(layers=list(layers))
         self.owner = owner
+        self._can_crop = can_crop
         self.phase = "prefill"
         self.compact: bool | None = None
         self.rows: RowState | None = None
@@ -224,6 +227,11 @@ class ImdcCache(Cache):
     def tail(self) -> int:
         """Tokens decoded since the last compression."""
         return self.get_seq_length() - self.width if self.rows is not None else 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether generate() may decode tokens it could take back: not where decoding compresses them away."""
+        return self._can_crop
 
     width: int = 0
 

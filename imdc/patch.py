@@ -76,6 +76,8 @@ class PatchHandle:
         self._prepare: Callable[..., Any] = model._prepare_cache_for_generation
         self._signature = inspect.signature(model.forward)
         self._engine = Engine(parts, config, self._forward, on_step)
+        # Compressing again while decoding is no prefill: it does not report its steps.
+        self._quiet_engine = Engine(parts, config, self._forward)
         self._engine.backend()
         self._before = {name: model.__dict__[name] for name in _SWAPPED if name in model.__dict__}
         self._active = False
@@ -129,7 +131,11 @@ class PatchHandle:
 
     def new_cache(self) -> ImdcCache:
         """An empty cache for `model(input_ids, past_key_values=cache, logits_to_keep=1)` without `generate()`."""
-        return ImdcCache(self._parts.cache_layers(), owner=weakref.ref(self._parts.model))
+        return ImdcCache(
+            self._parts.cache_layers(),
+            owner=weakref.ref(self._parts.model),
+            can_crop=self.config.decode_tokens is None,
+        )
 
     @property
     def backend(self) -> str:
@@ -189,10 +195,17 @@ class PatchHandle:
             if named.get(name) is not None and named.get(name) is not False:
                 raise UnsupportedCallError(f"{name} is not supported with an imdc cache; leave it out")
         if cache.phase == "prefill":
-            return self._read(cache, named)
+            output, self.report = self._read(self._engine, cache, named)
+            return output
+        limit = self.config.decode_tokens
+        if limit is not None and cache.tail >= limit:
+            # The oldest of the new tokens is never taken back: in assisted decoding it is the one accepted last.
+            named["logits_to_keep"] = named["input_ids"].shape[1]
+            named["attention_mask"] = None
+            return self._read(self._quiet_engine, cache, named)[0]
         return self._forward(**self._decode_inputs(cache, named))
 
-    def _read(self, cache: ImdcCache, named: dict[str, Any]) -> Any:
+    def _read(self, engine: Engine, cache: ImdcCache, named: dict[str, Any]) -> tuple[Any, PrefillReport]:
         """Prefill, then decode the tokens of which the caller wants logits too (assisted decoding's candidates)."""
         input_ids: Tensor = named.pop("input_ids")
         mask = named.pop("attention_mask", None)
@@ -206,14 +219,14 @@ class PatchHandle:
         prompt, candidates = input_ids[:, : input_ids.shape[1] - extra], input_ids[:, input_ids.shape[1] - extra :]
         if mask is not None and extra:
             mask = mask[:, : mask.shape[1] - extra]
-        output, self.report = self._engine.prefill(cache, prompt, mask, **named)
+        output, report = engine.prefill(cache, prompt, mask, **named)
         cache.phase = "decode"
         if extra:
             inputs = {**named, "input_ids": candidates, "past_key_values": cache, "use_cache": True}
             rest = self._forward(**self._decode_inputs(cache, {**inputs, "return_dict": True}))
             rest.logits = torch.cat((output.logits, rest.logits), dim=1)
             output = rest
-        return output.to_tuple() if as_tuple else output
+        return (output.to_tuple() if as_tuple else output), report
 
     def _decode_inputs(self, cache: ImdcCache, named: dict[str, Any]) -> dict[str, Any]:
         """Positions and masks that fit what is stored; the caller's speak of the whole sequence."""

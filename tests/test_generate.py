@@ -199,3 +199,28 @@ def test_an_error_inside_a_layer_leaves_model_and_cache_usable(monkeypatch: pyte
         fresh = greedy(model, history, past_key_values=one.past_key_values, attention_mask=mask)
     assert torch.equal(again.sequences, fresh.sequences)
     assert not any(str(name).startswith("imdc_") for name in ALL_ATTENTION_FUNCTIONS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("lookup", [None, 4], ids=["greedy", "lookup"])
+def test_decode_tokens_bounds_the_cache_while_generating(family: str, positions: str, lookup: int | None) -> None:
+    model = FAMILIES[family]()
+    stored: list[int] = []
+
+    def watch(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        stored.append(caches[0].stored_tokens())
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    with imdc.patch(model, positions=positions, decode_tokens=16, **TIGHT) as handle:
+        make = handle.new_cache
+        caches = []
+        handle.new_cache = lambda: caches.append(make()) or caches[-1]  # type: ignore[method-assign, func-returns-value]
+        output = model.generate(
+            prompt(100), max_new_tokens=200, do_sample=False, pad_token_id=0, stopping_criteria=[watch],
+            prompt_lookup_num_tokens=lookup, eos_token_id=200,
+        )  # fmt: skip
+        assert handle.report is not None and handle.report.prompt_tokens == 100
+    assert output.shape[1] == 300
+    assert caches[0].get_seq_length() == 299
+    assert 64 + 8 < max(stored) <= 64 + 16 + (lookup or 0)
