@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from imdc.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -46,19 +48,23 @@ class Haystack:
 
 
 def number_needle(rng: random.Random) -> Needle:
-    """A sentence that gives one person a secret five-digit number."""
+    """A sentence that gives one person a secret five-digit number.
+
+    The word "Question" and a paragraph of its own for the sentence are for small models: without them SmolLM2 goes on
+    with the novel, even where it sees the whole text.
+    """
     name = rng.choice(_NAMES)
     number = str(rng.randrange(10_000, 100_000))
     return Needle(
         sentence=f"The secret number of {name} is {number}.",
-        question=f"What is the secret number of {name}?",
+        question=f"Question: What is the secret number of {name}?",
         answer=number,
     )
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str) -> str:
-    """Document, blank line, question, in the tokenizer's chat template where it has one."""
-    content = f"{document}\n\n{question}"
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str | None) -> str:
+    """Document, blank line, question (if any), in the tokenizer's chat template where it has one."""
+    content = document if question is None else f"{document}\n\n{question}"
     if not getattr(tokenizer, "chat_template", None):
         return f"{content}\n"
     templated = tokenizer.apply_chat_template(
@@ -93,32 +99,32 @@ def build_haystack(
         start: First character of `text` to use.
 
     Raises:
-        ValueError: `depth` is outside 0..1, `text` is too short, or the prompt cannot hold needle and question.
+        ConfigError: `depth` is outside 0..1, `text` is too short, or the prompt cannot hold needle and question.
     """
     if not 0.0 <= depth <= 1.0:
-        raise ValueError(f"depth={depth} is outside 0..1.")
-    frame = len(encode_prompt(tokenizer, chat_prompt(tokenizer, f" {needle.sentence} ", needle.question)))
+        raise ConfigError(f"depth={depth} is outside 0..1.")
+    frame = len(encode_prompt(tokenizer, chat_prompt(tokenizer, f"\n\n{needle.sentence}\n\n", needle.question)))
     filler_tokens = prompt_tokens - frame
     if filler_tokens < 1:
-        raise ValueError(f"prompt_tokens={prompt_tokens} cannot hold needle and question, which take {frame} tokens.")
+        raise ConfigError(f"prompt_tokens={prompt_tokens} cannot hold needle and question, which take {frame} tokens.")
     # Eight characters a token is more than any prose needs; it keeps a whole book from being tokenized for one page.
     source = text[start : start + 8 * filler_tokens + _BOUNDARY_SEARCH]
     offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if len(offsets) < filler_tokens:
-        raise ValueError(
+        raise ConfigError(
             f"text has {len(offsets)} tokens from character {start} on; prompt_tokens={prompt_tokens} needs "
             f"{filler_tokens}. Give a longer text or a smaller prompt_tokens."
         )
     filler = source[: offsets[filler_tokens - 1][1]]
     cut = _sentence_end(filler, offsets[int(depth * (filler_tokens - 1))][0])
-    document = f"{filler[:cut]} {needle.sentence} {filler[cut:].lstrip()}"
+    document = f"{filler[:cut].rstrip()}\n\n{needle.sentence}\n\n{filler[cut:].lstrip()}"
     prompt = chat_prompt(tokenizer, document, needle.question)
     before = prompt[: prompt.index(needle.sentence)]
     return Haystack(
         prompt=prompt,
         needle=needle,
         prompt_tokens=len(encode_prompt(tokenizer, prompt)),
-        needle_token=len(encode_prompt(tokenizer, before.rstrip())),
+        needle_token=len(encode_prompt(tokenizer, before)),
     )
 
 

