@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from imdc.errors import UnsupportedCallError
 from imdc.families import Parts
 from imdc.kernels.reference import rotate
 from imdc.memory import ImdcCache, Row
+from imdc.modelshape import ModelShape
 from imdc.observers import get_observer
+from imdc.plan import fit_chunk, limit_bytes
 from imdc.report import PrefillReport, StepReport
 from imdc.schedule import Step, build_steps
 
@@ -71,10 +74,11 @@ class Engine:
         began = time.perf_counter()
         prompts = self._prompts(cache, input_ids, attention_mask)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
-        compact = self._compact(cache, max(prompt.numel() for prompt in prompts))
+        longest = max(prompt.numel() for prompt in prompts)
+        compact = self._compact(cache, longest)
         device = self.parts.decoder.get_input_embeddings().weight.device
         backend, _ = self.backend()
-        chunk, restarts = None, 0
+        chunk, restarts = self._fitting_chunk(longest, device), 0
         while True:
             try:
                 reader = _Reader(self, backend, compact, chunk)
@@ -86,7 +90,7 @@ class Engine:
                 break
             except torch.OutOfMemoryError as error:
                 rows, outputs = [], []
-                chunk = self._smaller_chunk(chunk, max(prompt.numel() for prompt in prompts), error)
+                chunk = self._smaller_chunk(chunk, longest, error)
                 restarts += 1
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1], compact)
         output = outputs[0]
@@ -150,6 +154,17 @@ class Engine:
         """The steps of one row with `stored` KV pairs in its memory."""
         return build_steps(prompt_tokens, self.config, stored_tokens=stored, chunk_tokens=chunk)
 
+    def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:
+        """The chunk that `memory_limit` allows, where the config asks for "auto"."""
+        if self.config.chunk_tokens != "auto":
+            return None
+        shape = ModelShape.from_model(self.parts.model)
+        free = None
+        if isinstance(self.config.memory_limit, float):
+            free = _free_bytes(device) + shape.weights
+        limit = limit_bytes(self.config, free)
+        return fit_chunk(shape, prompt_tokens, self.config, limit, device=device.type)
+
     def _smaller_chunk(self, chunk: int | None, prompt_tokens: int, error: Exception) -> int:
         if chunk is None:
             chunk = max(step.chunk_tokens for step in self.steps(prompt_tokens, 0, None))
@@ -161,6 +176,13 @@ class Engine:
             stacklevel=2,
         )
         return chunk // 2
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the device has free for a prefill."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _distinct(prompts: list[Tensor]) -> tuple[list[int], list[int]]:

@@ -7,6 +7,7 @@ import torch
 from tiny_models import FAMILIES, greedy
 
 import imdc
+import imdc.errors
 from imdc.attention import ALL_ATTENTION_FUNCTIONS
 from imdc.memory import MemoryLayer
 
@@ -224,3 +225,19 @@ def test_decode_tokens_bounds_the_cache_while_generating(family: str, positions:
     assert output.shape[1] == 300
     assert caches[0].get_seq_length() == 299
     assert 64 + 8 < max(stored) <= 64 + 16 + (lookup or 0)
+
+
+def test_auto_chunks_are_the_largest_that_the_limit_allows() -> None:
+    model = FAMILIES["llama"]()
+    ids = prompt(1500)
+    plan = imdc.plan(model, 1500, chunk_tokens=100, memory_tokens=64)
+    limit = plan.peak_bytes
+    with imdc.patch(model, chunk_tokens="auto", memory_limit=limit, memory_tokens=64) as handle:
+        greedy(model, ids)
+        assert handle.report is not None
+        assert len(handle.report.steps) == len(plan.steps)
+        assert max(step.chunk_tokens for step in handle.report.steps) >= max(s.chunk_tokens for s in plan.steps)
+    with imdc.patch(model, chunk_tokens="auto", memory_limit=1000, memory_tokens=64), pytest.raises(
+        imdc.errors.ConfigError, match="needs at least"
+    ):
+        greedy(model, ids)
