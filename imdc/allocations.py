@@ -1,4 +1,4 @@
-"""Exact bytes of the tensors that are alive, and their peak: on CUDA the allocator's own count, elsewhere a dispatch mode.
+"""Bytes of the tensors that are alive, and their peak: CUDA's own count, or a dispatch mode on other devices.
 
 PyTorch keeps no count on the CPU. The dispatch mode sees every operator's results when they come into being and learns
 by weak references when their storage is freed. What an operator allocates and frees inside itself (sort buffers,
@@ -44,6 +44,7 @@ class DispatchAllocations(TorchDispatchMode):
     """Counts storages that operators create, on any device, in the thread that enters it."""
 
     def __init__(self) -> None:
+        """Nothing is counted before the mode is entered."""
         super().__init__()
         self._bytes: dict[int, int] = {}
         self._current = 0
@@ -103,6 +104,7 @@ class CudaAllocations:
     """The caching allocator's own statistics of one CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
+        """Count on `device`."""
         self.device = device
         self._start = 0
 

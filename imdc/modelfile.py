@@ -1,4 +1,4 @@
-"""A model's config without its weights: from a folder, a config.json, a GGUF file or the hub. No torch, no transformers.
+"""A model's config without its weights, from a folder, a config.json, a GGUF file or the hub; needs no torch.
 
 Of a GGUF file only the header is read; the layout is that of the GGUF specification,
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -61,7 +61,7 @@ def _json_config(path: Path) -> Any:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{str(path)!r} was not found: give a folder with a config.json, or the file itself") from error
+        raise ConfigError(f"{str(path)!r} was not found: give a folder with a config.json, or that file") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read as a model config: {error}") from error
     if not isinstance(entries, dict):
@@ -104,7 +104,11 @@ def _gguf_config(path: Path) -> Any:
     vocab = entries.get("tokenizer.ggml.tokens") or entries.get(f"{family}.vocab_size")
     # transformers dequantises GGUF weights to float32 unless asked for another type.
     return SimpleNamespace(
-        model_type=family, vocab_size=vocab, dtype="float32", tie_word_embeddings="output.weight" not in tensors, **found
+        model_type=family,
+        vocab_size=vocab,
+        dtype="float32",
+        tie_word_embeddings="output.weight" not in tensors,
+        **found,
     )
 
 

@@ -6,7 +6,7 @@ needs neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,11 @@ _TIED_BY_DEFAULT = ("gemma", "cohere", "gpt2")
 _QKV_BIAS_BY_DEFAULT = ("qwen2",)
 _QK_NORM = ("qwen3", "gemma3", "olmo2")
 _FOUR_NORMS = ("gemma2", "gemma3")
-_FUSED_MLP = ("phi3",)
+_FUSED = ("phi3",)
+_POST_NORM = ("olmo2",)
+_OPT_IN_WINDOW = ("qwen2", "qwen3")
+# Every n-th layer sees everything, where config.json is older than `layer_types`.
+_WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6}
 _UNGATED_MLP = ("gpt2", "gpt_neox", "phi", "starcoder2", "falcon", "opt", "bloom", "mpt")
 
 
@@ -37,15 +41,19 @@ class ModelShape:
         head_dim: head size D.
         vocab: rows of the embedding.
         max_positions: the trained window in tokens; None where the config does not say.
+        rotary: head dimensions that rotary embedding turns, R <= D.
         dtype: name of the weights' type.
         dtype_bytes: bytes per weight and per activation.
         tied: the output head shares the embedding.
         gated: the MLP has a gate and an up projection (SwiGLU) rather than one.
-        fused_mlp: gate and up are one matrix (Phi-3), whose output lives as long as either half.
+        fused: gate and up are one matrix, and so are queries, keys and values (Phi-3); a result lives as long as any
+            part of it.
         experts: experts per MLP; 1 for a dense model.
         experts_per_token: experts that each token passes.
         qkv_bias: query, key and value projections have a bias.
         qk_norm: queries and keys are normalised per head.
+        softcap: attention logits are capped (Gemma 2), which fused attention cannot do.
+        post_norm: norms follow attention and MLP instead of preceding them (OLMo 2).
         norms_per_layer: RMS norms per layer besides those of queries and keys.
         weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
     """
@@ -59,17 +67,20 @@ class ModelShape:
     head_dim: int
     vocab: int
     max_positions: int | None = None
+    rotary: int = 0
     dtype: str = "float32"
     dtype_bytes: int = 4
     sliding_layers: int = 0
     window: int | None = None
     tied: bool = False
     gated: bool = True
-    fused_mlp: bool = False
+    fused: bool = False
     experts: int = 1
     experts_per_token: int = 1
     qkv_bias: bool = False
     qk_norm: bool = False
+    softcap: bool = False
+    post_norm: bool = False
     norms_per_layer: int = 2
     weight_bytes: int | None = None
 
@@ -79,14 +90,18 @@ class ModelShape:
         return self.layers - self.sliding_layers
 
     @property
+    def expert_parameters(self) -> int:
+        """Parameters of one MLP, or of one expert of a mixture."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
         q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
         attention += (q_width + 2 * kv_width) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        expert = (3 if self.gated else 2) * self.hidden * self.intermediate
         router = self.hidden * self.experts if self.experts > 1 else 0
-        return attention + expert * self.experts + router + self.norms_per_layer * self.hidden
+        return attention + self.expert_parameters * self.experts + router + self.norms_per_layer * self.hidden
 
     @property
     def parameters(self) -> int:
@@ -112,15 +127,17 @@ class ModelShape:
             UnsupportedModelError: not a decoder-only transformer, or a size is missing.
         """
         if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModelError("encoder-decoder models are not supported; imdc reads prompts of decoder models")
+            raise UnsupportedModelError("the model is an encoder-decoder; imdc reads prompts of decoder-only models")
         text = getattr(config, "text_config", None)
         config = config if text is None else text
         family = str(getattr(config, "model_type", "unknown"))
         q_heads = _size(config, family, "num_attention_heads", "n_head")
         hidden = _size(config, family, "hidden_size", "n_embd")
+        head_dim = int(getattr(config, "head_dim", None) or hidden // q_heads)
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
         layers = _size(config, family, "num_hidden_layers", "n_layer")
         dtype = _dtype_name(config)
-        sliding, window = _sliding(config, layers)
+        sliding, window = _sliding(config, family, layers)
         experts = int(_first(config, ("num_local_experts", "num_experts", "n_routed_experts")) or 1)
         expert_width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
         return cls(
@@ -130,20 +147,23 @@ class ModelShape:
             intermediate=int(expert_width or _size(config, family, "intermediate_size", "n_inner")),
             q_heads=q_heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or q_heads),
-            head_dim=int(getattr(config, "head_dim", None) or hidden // q_heads),
+            head_dim=head_dim,
             vocab=_size(config, family, "vocab_size"),
-            max_positions=_first(config, ("max_position_embeddings", "n_positions")),
+            max_positions=_trained_window(config, rope),
+            rotary=int(head_dim * _partial_rotary(config, rope)),
             dtype=dtype,
             dtype_bytes=_DTYPE_BYTES[dtype],
             sliding_layers=sliding,
             window=window,
             tied=bool(_default(config, "tie_word_embeddings", family.startswith(_TIED_BY_DEFAULT))),
             gated=family not in _UNGATED_MLP,
-            fused_mlp=family in _FUSED_MLP,
+            fused=family in _FUSED,
             experts=experts,
             experts_per_token=int(getattr(config, "num_experts_per_tok", None) or 1),
             qkv_bias=bool(_default(config, "attention_bias", False)) or family.startswith(_QKV_BIAS_BY_DEFAULT),
             qk_norm=family.startswith(_QK_NORM),
+            softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+            post_norm=family in _POST_NORM,
             norms_per_layer=4 if family.startswith(_FOUR_NORMS) else 2,
         )
 
@@ -177,6 +197,26 @@ def _size(config: Any, family: str, *names: str) -> int:
     return value
 
 
+def _rope_entry(rope: Any, *names: str) -> Any:
+    """An entry of the rotary settings, where they are one mapping for all layers."""
+    entries = rope if isinstance(rope, Mapping) else {}
+    return next((entries[name] for name in names if entries.get(name) is not None), None)
+
+
+def _trained_window(config: Any, rope: Any) -> int | None:
+    window = _first(config, ("max_position_embeddings", "n_positions"))
+    if _rope_entry(rope, "rope_type", "type") == "longrope":
+        # The short factors, which hold for all positions of a bounded memory, end here.
+        original = _rope_entry(rope, "original_max_position_embeddings")
+        window = original or getattr(config, "original_max_position_embeddings", None) or window
+    return None if window is None else int(window)
+
+
+def _partial_rotary(config: Any, rope: Any) -> float:
+    share = _rope_entry(rope, "partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    return 1.0 if share is None else float(share)
+
+
 def _dtype_name(config: Any) -> str:
     value = getattr(config, "dtype", None)
     if value is None:
@@ -187,16 +227,16 @@ def _dtype_name(config: Any) -> str:
     return name
 
 
-def _sliding(config: Any, layers: int) -> tuple[int, int | None]:
+def _sliding(config: Any, family: str, layers: int) -> tuple[int, int | None]:
     """Number of sliding-window layers and their window, by the rules of transformers' own caches."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         sliding = sum("sliding" in str(kind) for kind in kinds)
-    elif window is None or getattr(config, "use_sliding_window", True) is False:
+    elif window is None or not _default(config, "use_sliding_window", not family.startswith(_OPT_IN_WINDOW)):
         sliding = 0
     else:
-        pattern = getattr(config, "sliding_window_pattern", None)
+        pattern = getattr(config, "sliding_window_pattern", None) or _WINDOW_PATTERN.get(family)
         skipped = getattr(config, "max_window_layers", None) or 0
         sliding = layers - layers // pattern if pattern else max(0, layers - skipped)
     return (sliding, int(window)) if sliding and window else (0, None)

@@ -15,11 +15,12 @@ another one. Memory follows a target that ends at M:
 
 No target is below the sinks and recent tokens that are always kept, nor below what a second turn finds stored.
 
-Chunks of "fm", "im" and "full" are equal (they differ by one token at most). Those of "imdc" shrink as the memory
-grows, so that memory_before + c_i is the same level L at every step after the first, which reads N / n. Without
-limits that is c_i = N/n + mean(m_0..m_(n-2)) - m_(i-1), the token-balanced rule of the IMDC paper (Incremental Memory
-and Decremental Chunk). Its last chunks turn negative where M is large against C, so here no chunk is
-smaller than a quarter of N / n, and L is solved for: the level at which the n chunks cover the prompt exactly.
+Chunks of "fm", "im" and "full" are equal (they differ by one token at most). Those of "imdc" shrink as the target
+grows, so that m_(i-1) + c_i is the same level L at every step after the first, which reads N / n. Without limits that
+is c_i = N/n + mean(m_0..m_(n-2)) - m_(i-1), the token-balanced rule of the IMDC paper (Incremental Memory and
+Decremental Chunk). Its last chunks turn negative where M is large against C, so here no chunk is smaller than a
+quarter of N / n, and L is solved for: the level at which the n chunks cover the prompt exactly. With a `MemoryCost`
+the same is done in another unit, w_b * m_(i-1) + w_a * m_i + c_i = L; the M + C below still holds.
 
 What holds for every N, M, C, growth and stored cache:
 
@@ -33,14 +34,14 @@ What holds for every N, M, C, growth and stored cache:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 
-# Smaller chunks would leave the matrix products of a GPU idle, larger ones would keep IMDC from balancing: at M = 8C a
-# quarter gives 1.8 times fewer query-key pairs than FM, an eighth hardly more.
+# Smaller chunks would leave the matrix products of a GPU idle, larger ones keep IMDC from balancing: at N = 64C
+# and M = 8C a half gives 1.75 times fewer query-key pairs than FM, a quarter 1.84 and an eighth 1.88.
 _LEAST_SHARE = 4
 
 
@@ -73,8 +74,40 @@ def attention_pairs(steps: Iterable[Step]) -> int:
     return sum(step.attention_pairs for step in steps)
 
 
+def tail_rows(step: Step, prompt_tokens: int, config: PrefillConfig) -> int:
+    """Prompt-tail rows that ride along with a step for the observer "prompt_tail".
+
+    None do where nothing is dropped, nor with the last chunk, which holds them itself.
+    """
+    drops = step.memory_after < step.attended_tokens
+    is_last = step.start + step.chunk_tokens == prompt_tokens
+    if config.observer != "prompt_tail" or not drops or is_last:
+        return 0
+    return min(config.observation_tokens, prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCost:
+    """What one KV pair of memory weighs against one token of the chunk, for balancing "imdc".
+
+    `before` counts the memory that a step starts with, `after` what it leaves. The default is the paper's rule, in
+    which both are tokens; `imdc.footprint.memory_cost` weighs them by bytes.
+    """
+
+    before: float = 1.0
+    after: float = 0.0
+
+
+TOKENS = MemoryCost()
+
+
 def build_steps(
-    prompt_tokens: int, config: PrefillConfig, *, stored_tokens: int = 0, chunk_tokens: int | None = None
+    prompt_tokens: int,
+    config: PrefillConfig,
+    *,
+    stored_tokens: int = 0,
+    chunk_tokens: int | None = None,
+    cost: MemoryCost = TOKENS,
 ) -> tuple[Step, ...]:
     """The steps in which `prompt_tokens` new tokens are read.
 
@@ -83,6 +116,7 @@ def build_steps(
         config: the options; `chunk_tokens` must be a number there or be given here.
         stored_tokens: KV pairs that the cache already holds (a second turn); may exceed `memory_tokens`.
         chunk_tokens: mean chunk size in place of the config's, for a planner that has chosen one.
+        cost: in which unit "imdc" balances memory and chunk.
 
     Returns:
         The steps in order; see the module's text for what holds for them.
@@ -101,8 +135,9 @@ def build_steps(
         raise ConfigError(f"chunk_tokens must be at least 1, got {chunk}")
     if config.schedule == "full":
         return _full(prompt_tokens, stored_tokens, chunk)
-    walk = _Walk(prompt_tokens, stored_tokens, config, chunk)
-    return walk.balanced() if config.schedule == "imdc" and walk.drops > 0 else walk.equal()
+    schedule = _Schedule(prompt_tokens, stored_tokens, config, chunk)
+    balance = config.schedule == "imdc" and schedule.drops > 0
+    return schedule.steps(schedule.balanced(cost) if balance else schedule.equal())
 
 
 def _full(prompt_tokens: int, stored_tokens: int, chunk: int) -> tuple[Step, ...]:
@@ -121,17 +156,16 @@ def _equal_chunks(tokens: int, count: int) -> list[int]:
     return [size + (index < larger) for index in range(count)]
 
 
-class _Walk:
-    """Memory and chunks of one prompt, walked from the first step to the last."""
+class _Schedule:
+    """The targets of the memory, the chunks, and the steps that follow from both."""
 
     def __init__(self, prompt_tokens: int, stored_tokens: int, config: PrefillConfig, chunk: int) -> None:
         memory = config.memory_tokens
         self.prompt_tokens = prompt_tokens
         self.stored_tokens = stored_tokens
-        self.memory_tokens = memory
-        self.chunk = chunk
+        self.budget = memory + chunk
         # The first chunk makes room for a cache that holds more than M already.
-        room = max(1, chunk // _LEAST_SHARE, memory + chunk - stored_tokens)
+        room = max(1, chunk // _LEAST_SHARE, self.budget - stored_tokens)
         self.count = math.ceil(prompt_tokens / chunk)
         self.first = min(math.ceil(prompt_tokens / self.count), room)
         if prompt_tokens > self.first:
@@ -142,41 +176,42 @@ class _Walk:
         first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens)
         self.targets = [max(least, target) for target in _targets(config.growth, first, memory, self.count)]
 
-    def equal(self) -> tuple[Step, ...]:
-        """Steps of equal chunks."""
-        rest = _equal_chunks(self.prompt_tokens - self.first, self.count - 1) if self.count > 1 else []
-        return self._walk(lambda index, memory: rest[index - 1])
+    def equal(self) -> list[int]:
+        """Chunks of one size, but for a first one that has less room."""
+        if self.count == 1:
+            return [self.first]
+        return [self.first, *_equal_chunks(self.prompt_tokens - self.first, self.count - 1)]
 
-    def balanced(self) -> tuple[Step, ...]:
-        """Steps whose memory and chunk add up to one level: the one at which they cover the prompt.
+    def balanced(self, cost: MemoryCost) -> list[int]:
+        """Chunks that with their memory, weighed by `cost`, add up to one level: the one that covers the prompt.
 
-        One more token of level at one step brings one more token read or none, over the whole walk. So the number of
-        tokens read rises with the level: first in whole steps (the lowest level that reads enough at all steps), then
-        token by token (from the level below, only the first `raised` steps are one higher).
+        The number of tokens read rises with the level: first in whole steps (the lowest level that reads enough at all
+        steps), then token by token (from the level below, only the first `raised` steps are one higher).
         """
-        level = _lowest(0, self.memory_tokens + self.chunk, lambda level: self._read(level, 0) >= self.prompt_tokens)
-        raised = _lowest(0, self.count, lambda raised: self._read(level - 1, raised) >= self.prompt_tokens)
-        return self._walk(self._chunk_at(level - 1, raised))
+        if self.count == 1:
+            return [self.first]
+        rest = self.prompt_tokens - self.first
+        least = max(1, rest // (self.count - 1) // _LEAST_SHARE)
+        pairs = list(zip(self.targets, self.targets[1:], strict=False))
+        weights = [cost.before * before + cost.after * after for before, after in pairs]
+        rooms = [self.budget - before for before, _ in pairs]
 
-    def _chunk_at(self, level: int, raised: int) -> Callable[[int, int], int]:
-        least = max(1, (self.prompt_tokens - self.first) // max(1, self.count - 1) // _LEAST_SHARE)
-        return lambda index, memory: max(least, level + (index < raised) - memory)
+        def chunks(level: int, raised: int) -> list[int]:
+            return [
+                max(least, min(room, math.floor(level + (index < raised) - weight)))
+                for index, (weight, room) in enumerate(zip(weights, rooms, strict=True))
+            ]
 
-    def _read(self, level: int, raised: int) -> int:
-        """Tokens that a walk at this level reads; `_walk` without the records, since it runs some thirty times."""
-        chunk_at = self._chunk_at(level, raised)
-        memory, dropped = self.stored_tokens, 0
-        for index, target in enumerate(self.targets):
-            attended = memory + (self.first if index == 0 else chunk_at(index, memory))
-            drop = max(0, min(attended - target, self.drops - dropped))
-            memory, dropped = attended - drop, dropped + drop
-        return memory + dropped - self.stored_tokens
+        highest = self.budget + math.ceil(max(weights))
+        level = _lowest(0, highest, lambda level: sum(chunks(level, 0)) >= rest)
+        raised = _lowest(0, len(pairs), lambda raised: sum(chunks(level - 1, raised)) >= rest)
+        return [self.first, *chunks(level - 1, raised)]
 
-    def _walk(self, chunk_at: Callable[[int, int], int]) -> tuple[Step, ...]:
+    def steps(self, chunks: Sequence[int]) -> tuple[Step, ...]:
+        """The steps of these chunks: memory follows the targets as far as there is something to keep, or to drop."""
         steps: list[Step] = []
         start, memory, dropped = 0, self.stored_tokens, 0
-        for index, target in enumerate(self.targets):
-            chunk = self.first if index == 0 else chunk_at(index, memory)
+        for index, (chunk, target) in enumerate(zip(chunks, self.targets, strict=True)):
             drop = max(0, min(memory + chunk - target, self.drops - dropped))
             after = memory + chunk - drop
             steps.append(Step(index, start, chunk, memory, after))

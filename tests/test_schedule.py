@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from imdc.config import GROWTHS, PrefillConfig
 from imdc.errors import ConfigError
-from imdc.schedule import Step, attention_pairs, build_steps
+from imdc.schedule import MemoryCost, Step, attention_pairs, build_steps
 
 COMPRESSING = ("imdc", "im", "fm")
 
@@ -111,14 +111,12 @@ def test_step_count_is_that_of_equal_chunks(case: tuple[int, PrefillConfig, int]
 
 @given(cases())
 @settings(max_examples=400, deadline=None)
-def test_imdc_levels_the_steps_and_never_reads_crumbs(case: tuple[int, PrefillConfig, int]) -> None:
+def test_imdc_chunks_shrink_but_never_to_crumbs(case: tuple[int, PrefillConfig, int]) -> None:
     prompt, config, stored = case
     assume(config.schedule == "imdc" and stored + prompt > config.memory_tokens)
     steps = build_steps(prompt, config, stored_tokens=stored)
     least = max(1, (prompt - steps[0].chunk_tokens) // max(1, len(steps) - 1) // 4)
     assert all(step.chunk_tokens >= least for step in steps[1:])
-    free = [step.attended_tokens for step in steps[1:] if step.chunk_tokens > least]
-    assert not free or max(free) - min(free) <= 1
     chunks = [step.chunk_tokens for step in steps[1:]]
     assert all(later <= earlier + 1 for earlier, later in zip(chunks, chunks[1:], strict=False))
 
@@ -171,6 +169,31 @@ def test_balanced_chunks_are_the_papers_where_nothing_is_clamped() -> None:
     steps = build_steps(8000, _config("imdc", 800, 1000, initial_memory=100))
     assert [step.chunk_tokens for step in steps] == [1000, 1300, 1200, 1100, 1000, 900, 800, 700]
     assert [step.memory_after for step in steps] == [100, 200, 300, 400, 500, 600, 700, 800]
+
+
+@given(cases(), st.floats(0.0, 20.0), st.floats(0.0, 20.0))
+@settings(max_examples=300, deadline=None)
+def test_any_memory_cost_keeps_coverage_budget_and_order(
+    case: tuple[int, PrefillConfig, int], before: float, after: float
+) -> None:
+    prompt, config, stored = case
+    assume(config.schedule == "imdc")
+    steps = build_steps(prompt, config, stored_tokens=stored, cost=MemoryCost(before, after))
+    chunks = [step.chunk_tokens for step in steps]
+    assert sum(chunks) == prompt
+    assert min(chunks) >= 1
+    assert all(step.attended_tokens <= config.memory_tokens + int(config.chunk_tokens) for step in steps[1:])
+    assert steps[-1].memory_after == min(config.memory_tokens, stored + prompt)
+    if stored + prompt > config.memory_tokens:
+        assert all(later <= earlier + 1 for earlier, later in zip(chunks[1:], chunks[2:], strict=False))
+
+
+def test_memory_cost_levels_the_weighed_sum() -> None:
+    config = _config("imdc", 2000, 1000, initial_memory=500)
+    steps = build_steps(20_000, config, cost=MemoryCost(before=0.5, after=1.0))
+    levels = [0.5 * s.memory_before + s.memory_after + s.chunk_tokens for s in steps[1:] if s.chunk_tokens > 250]
+    assert len(levels) > len(steps) // 2
+    assert max(levels) - min(levels) <= 2
 
 
 def test_large_memory_no_longer_yields_a_negative_chunk() -> None:

@@ -1,0 +1,113 @@
+"""Find what fits: the steps of a prefill within a memory limit, by predicted bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from imdc.config import PrefillConfig
+from imdc.errors import ConfigError
+from imdc.footprint import predict
+from imdc.modelshape import ModelShape
+from imdc.schedule import build_steps
+from imdc.units import format_bytes
+
+# Below, activations no longer matter, and a plan of a million steps helps nobody.
+LEAST_CHUNK = 32
+
+
+def execution(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> tuple[str, bool]:
+    """(backend, compact positions) that a prefill will use: what "auto" of either becomes for this model.
+
+    Args:
+        shape: the model.
+        prompt_tokens: tokens of the longest prompt row.
+        config: the options.
+        device: "cuda" or "cpu".
+    """
+    backend = config.backend
+    if backend == "auto":
+        backend = "triton" if device == "cuda" else "reference" if shape.softcap else "sdpa"
+    if not shape.full_layers:
+        return backend, False
+    beyond = shape.max_positions is not None and prompt_tokens > shape.max_positions
+    return backend, config.positions == "compact" or (config.positions == "auto" and beyond)
+
+
+def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
+    """The largest mean chunk whose predicted peak, weights included, stays within `limit` bytes.
+
+    Raises:
+        ConfigError: not even the smallest chunks fit; the message says what they need.
+    """
+
+    def peak(chunk: int) -> int:
+        return peak_bytes(shape, prompt_tokens, with_chunk(config, chunk), device)
+
+    what = f"memory_tokens={config.memory_tokens} and the smallest chunks"
+    return largest_within(limit, peak, LEAST_CHUNK, prompt_tokens, what)
+
+
+def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
+    """`memory_limit` in bytes, weights included.
+
+    Args:
+        config: options with chunk_tokens="auto".
+        device_bytes: what the device has for weights and prefill together, where that is known.
+
+    Raises:
+        ConfigError: the limit is a share, and what it is a share of is not known.
+    """
+    limit = config.memory_limit
+    if isinstance(limit, float):
+        if device_bytes is None:
+            raise ConfigError(
+                f"memory_limit={limit} is a share of the device, whose size is not known here; give it in bytes"
+            )
+        return round(limit * device_bytes)
+    assert limit is not None, "PrefillConfig asks for a limit with 'auto'"
+    return limit
+
+
+def peak_bytes(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> int:
+    """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number."""
+    backend, compact = execution(shape, prompt_tokens, config, device)
+    footprints = predict(shape, config, build_steps(prompt_tokens, config), backend=backend, compact=compact)
+    return max(footprint.total_bytes for footprint in footprints)
+
+
+def largest_within(limit: int, peak: Callable[[int], int], least: int, most: int, what: str) -> int:
+    """The largest value in least..most whose `peak` in bytes stays within `limit`, taking peaks to rise with it.
+
+    Peaks rise but for rounding to whole steps, so the result fits for certain and may be a few tokens short.
+
+    Raises:
+        ConfigError: not even `least` fits; the message says what it needs, for `what`.
+    """
+    least = min(least, most)
+    high = most
+    # Halve from the top: small values mean many steps, and are only tried where nothing larger fits.
+    low = high
+    while peak(low) > limit:
+        if low == least:
+            raise ConfigError(
+                f"a limit of {format_bytes(limit)} is too small: it needs at least {format_bytes(peak(least))} "
+                f"for {what}; raise the limit or lower memory_tokens"
+            )
+        high, low = low - 1, max(least, low // 2)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle - 1)
+    return low
+
+
+def with_chunk(config: PrefillConfig, chunk_tokens: int) -> PrefillConfig:
+    """`config` with that mean chunk, and without the limit that only "auto" reads."""
+    return replace(config, chunk_tokens=chunk_tokens, memory_limit=None)
+
+
+def with_memory(config: PrefillConfig, memory_tokens: int) -> PrefillConfig:
+    """`config` with another memory; an `initial_memory` in tokens is capped to it."""
+    start = config.initial_memory
+    capped = start if isinstance(start, float) else min(start, memory_tokens)
+    return replace(config, memory_tokens=memory_tokens, initial_memory=capped)

@@ -1,0 +1,157 @@
+"""Predicted bytes and FLOPs of every step, from the sizes of the model alone.
+
+A step's peak is the largest of the phases that `imdc.phases` lists. To them come the memory of all layers (2 b K m
+per layer; m is memory_after for layers that are done), the workspace 2 b K T that all layers share and that keeps the
+largest T so far, token ids, positions and rotary tables. Not predicted: what an operator allocates inside itself, a
+CUDA context, and the blocks that a caching allocator holds but does not use.
+
+FLOPs count two per multiply-add of every matrix product; `moved_bytes` is what must cross the memory bus at least:
+the layers' weights once per step, the memory read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imdc.config import PrefillConfig
+from imdc.modelshape import ModelShape
+from imdc.phases import Layers, Work, phases
+from imdc.schedule import MemoryCost, Step, tail_rows
+
+KINDS = ("weights", "memory", "workspace", "activations", "attention", "scoring", "logits")
+
+
+@dataclass(frozen=True, slots=True)
+class StepFootprint:
+    """Bytes alive at the peak of one step, by kind, and what the step computes and moves.
+
+    `phase` names where in a layer the peak is; see the module's text.
+    """
+
+    phase: str
+    weights: int
+    memory: int
+    workspace: int
+    activations: int
+    attention: int
+    scoring: int
+    logits: int
+    flops: int
+    moved_bytes: int
+
+    @property
+    def above_weights(self) -> int:
+        """Bytes besides the weights."""
+        return self.memory + self.workspace + self.activations + self.attention + self.scoring + self.logits
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes."""
+        return self.weights + self.above_weights
+
+
+def predict(
+    shape: ModelShape,
+    config: PrefillConfig,
+    steps: Sequence[Step],
+    *,
+    backend: str = "triton",
+    compact: bool = False,
+) -> tuple[StepFootprint, ...]:
+    """The footprint of every step of a prefill of one prompt row.
+
+    Args:
+        shape: the model.
+        config: the options; its schedule has been turned into `steps` already.
+        steps: the steps in order, as `build_steps` gives them.
+        backend: "triton", "flash", "sdpa" or "reference": which temporaries attention and scoring need.
+        compact: the memory is numbered anew at every step, which takes rotated copies of the keys.
+    """
+    prompt = sum(step.chunk_tokens for step in steps)
+    footprints, workspace_keys = [], 0
+    for step in steps:
+        tail = tail_rows(step, prompt, config)
+        work = Work(shape, config, step, tail, step is steps[-1], backend, compact)
+        workspace_keys = max(workspace_keys, work.keys)
+        footprints.append(_peak(work, workspace_keys))
+    return tuple(footprints)
+
+
+def _peak(work: Work, workspace_keys: int) -> StepFootprint:
+    shape = work.shape
+    # Token ids and positions are int64.
+    tables = 2 * work.rows * shape.rotary * shape.dtype_bytes + 16 * work.rows
+    if work.compact:
+        tables += 2 * work.keys * shape.rotary * shape.dtype_bytes
+    footprints = [
+        StepFootprint(
+            phase=phase.name,
+            weights=shape.weights,
+            memory=_memory(work, layers, phase.layer_memory),
+            workspace=workspace_keys * shape.kv_bytes_per_token + tables,
+            activations=phase.activations,
+            attention=phase.attention,
+            scoring=phase.scoring,
+            logits=phase.logits,
+            flops=_flops(work),
+            moved_bytes=_moved_bytes(work),
+        )
+        for layers in work.kinds
+        for phase in phases(work, layers)
+    ]
+    return max(footprints, key=lambda footprint: footprint.above_weights)
+
+
+def _memory(work: Work, running: Layers, layer_memory: str) -> int:
+    """Bytes of all layers' memory while the first or the last of the `running` layers runs, whichever holds more."""
+    own = {"before": running.before, "both": running.before + running.after, "after": running.after}[layer_memory]
+    others = sum(layers.count * max(layers.before, layers.after) for layers in work.kinds)
+    return (others - max(running.before, running.after) + own) * work.shape.kv_bytes_per_token
+
+
+def _flops(work: Work) -> int:
+    shape, rows, before = work.shape, work.rows, work.step.memory_before
+    queries = shape.q_heads * shape.head_dim
+    idle_experts = shape.experts - shape.experts_per_token
+    active = shape.layer_parameters - idle_experts * shape.expert_parameters
+    full_pairs = rows * before + rows * (rows + 1) // 2
+    sliding_pairs = min(full_pairs, rows * (shape.window or 0))
+    pairs = shape.full_layers * full_pairs + shape.sliding_layers * sliding_pairs
+    scored = shape.full_layers * work.observing_rows * (before + rows)
+    head = 2 * shape.vocab * shape.hidden if work.last else 0
+    return 2 * rows * active * shape.layers + 4 * queries * pairs + 2 * queries * scored + head
+
+
+def _moved_bytes(work: Work) -> int:
+    shape, step = work.shape, work.step
+    weights = shape.layers * shape.layer_parameters * shape.dtype_bytes
+    # A sliding layer's memory is left out: it makes this less of a bound, never a wrong one.
+    return weights + shape.full_layers * shape.kv_bytes_per_token * (step.memory_before + step.memory_after)
+
+
+def memory_cost(
+    shape: ModelShape, config: PrefillConfig, chunk_tokens: int, *, backend: str, compact: bool
+) -> MemoryCost:
+    """What a KV pair of memory weighs in bytes against a token of the chunk, for byte-balanced "imdc" chunks.
+
+    A pair that is kept takes its place in all layers, one that is attended to in the workspace; a chunk token takes
+    what the step's peak grows by from C to 2C.
+    """
+
+    def peak(chunk: int) -> int:
+        step = Step(0, 0, chunk, config.memory_tokens, config.memory_tokens)
+        work = Work(shape, config, step, 0, False, backend, compact)
+        return _peak(work, work.keys).above_weights
+
+    token = max(1.0, (peak(2 * chunk_tokens) - peak(chunk_tokens)) / chunk_tokens)
+    pair = shape.kv_bytes_per_token
+    return MemoryCost(before=pair / token, after=pair * shape.full_layers / token)
+
+
+def predict_unpatched(shape: ModelShape, prompt_tokens: int) -> StepFootprint:
+    """The footprint of the model's own prefill: one step over the whole prompt, fused attention, last logits only."""
+    whole = Step(0, 0, prompt_tokens, 0, prompt_tokens)
+    config = PrefillConfig(schedule="full", observer="window")
+    work = Work(shape, config, whole, 0, True, "flash", False)
+    return _peak(work, 0)
