@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from imdc.memory import ImdcCache as ImdcCache
     from imdc.patch import PatchHandle as PatchHandle
     from imdc.patch import patch as patch
+    from imdc.persistence import load_cache as load_cache
     from imdc.plan import Plan as Plan
     from imdc.plan import plan as plan
     from imdc.report import PrefillReport as PrefillReport
@@ -25,6 +26,7 @@ _HOMES = {
     "ImdcCache": "imdc.memory",
     "PatchHandle": "imdc.patch",
     "patch": "imdc.patch",
+    "load_cache": "imdc.persistence",
     "Plan": "imdc.plan",
     "plan": "imdc.plan",
     "PrefillReport": "imdc.report",

@@ -6,6 +6,8 @@ KV pairs *stored*, so that transformers builds its masks and positions from the 
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -302,6 +304,17 @@ class ImdcCache(Cache):
         for slot, index in enumerate(order.tolist()):
             out[slot, :, longest - parts[index].shape[2] :] = parts[index][0]
         return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file for `imdc.load_cache`; see `imdc.persistence.save_cache`."""
+        # Persistence compares models, so it stands floors above; nothing but this call reaches up.
+        from imdc.persistence import save_cache
+
+        save_cache(self, path)
+
+    def copy(self) -> ImdcCache:
+        """An independent copy: each of several questions about one prompt can go on from its own."""
+        return copy.deepcopy(self)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens of the tail in every layer."""
