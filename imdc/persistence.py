@@ -97,7 +97,8 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCach
     state, tensors = _read(path)
     _compare(path, state, parts)
     cache = ImdcCache(parts.cache_layers(), owner=weakref.ref(model))
-    for number, (layer, saved) in enumerate(zip(cache.layers, state["layers"], strict=True)):
+    layers: list[Any] = cache.layers
+    for number, (layer, saved) in enumerate(zip(layers, state["layers"], strict=True)):
         device = _device(parts, number)
         keys, values = (tensors.pop(f"layers.{number}.{side}").to(device) for side in ("keys", "values"))
         if isinstance(layer, MemoryLayer):
@@ -119,12 +120,18 @@ def _layer_state(layer: Any) -> dict[str, Any]:
     return {"shape": shape, "seen": layer.cumulative_length}
 
 
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 def _checksum(state: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -184,7 +191,7 @@ def _weight_samples(model: PreTrainedModel) -> dict[str, str]:
             continue
         flat = weight.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
-        samples[name] = hashlib.sha256(sample.view(torch.uint8).numpy()).hexdigest()[:12]
+        samples[name] = hashlib.sha256(_bytes(sample)).hexdigest()[:12]
     return samples
 
 
@@ -218,8 +225,8 @@ def _compare(path: Path, state: dict[str, Any], parts: Parts) -> None:
 
 def _device(parts: Parts, number: int) -> torch.device:
     """Where layer `number` computes."""
-    layer: Any = parts.decoder.layers[number]  # type: ignore[union-attr, index]
-    hook = getattr(layer, "_hf_hook", None)
+    layer: Any = parts.decoder.layers[number]  # type: ignore[index]
+    hook: Any = getattr(layer, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:
         return torch.device(hook.execution_device)
     weight = next(iter(layer.parameters()))
