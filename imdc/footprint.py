@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
 from imdc.modelshape import ModelShape
-from imdc.phases import Layers, Work, phases
+from imdc.phases import Layers, Phase, Work, phases
 from imdc.schedule import MemoryCost, Step, tail_rows
 
 KINDS = ("weights", "memory", "workspace", "activations", "attention", "scoring", "logits")
@@ -79,35 +79,38 @@ def predict(
 
 
 def _peak(work: Work, workspace_keys: int) -> StepFootprint:
-    shape = work.shape
+    shape, kinds = work.shape, work.kinds
     # Token ids and positions are int64.
     tables = 2 * work.rows * shape.rotary * shape.dtype_bytes + 16 * work.rows
     if work.compact:
         tables += 2 * work.keys * shape.rotary * shape.dtype_bytes
-    footprints = [
-        StepFootprint(
-            phase=phase.name,
-            weights=shape.weights,
-            memory=_memory(work, layers, phase.layer_memory),
-            workspace=workspace_keys * shape.kv_bytes_per_token + tables,
-            activations=phase.activations,
-            attention=phase.attention,
-            scoring=phase.scoring,
-            logits=phase.logits,
-            flops=_flops(work),
-            moved_bytes=_moved_bytes(work),
-        )
-        for layers in work.kinds
-        for phase in phases(work, layers)
-    ]
-    return max(footprints, key=lambda footprint: footprint.above_weights)
+    stored = sum(layers.count * max(layers.before, layers.after) for layers in kinds)
+    pair = shape.kv_bytes_per_token
+    memory, phase = max(
+        ((pair * (stored + _own(layers, phase)), phase) for layers in kinds for phase in phases(work, layers)),
+        key=lambda found: found[0] + found[1].total_bytes,
+    )
+    return StepFootprint(
+        phase=phase.name,
+        weights=shape.weights,
+        memory=memory,
+        workspace=workspace_keys * pair + tables,
+        activations=phase.activations,
+        attention=phase.attention,
+        scoring=phase.scoring,
+        logits=phase.logits,
+        flops=_flops(work),
+        moved_bytes=_moved_bytes(work),
+    )
 
 
-def _memory(work: Work, running: Layers, layer_memory: str) -> int:
-    """Bytes of all layers' memory while the first or the last of the `running` layers runs, whichever holds more."""
-    own = {"before": running.before, "both": running.before + running.after, "after": running.after}[layer_memory]
-    others = sum(layers.count * max(layers.before, layers.after) for layers in work.kinds)
-    return (others - max(running.before, running.after) + own) * work.shape.kv_bytes_per_token
+def _own(running: Layers, phase: Phase) -> int:
+    """KV pairs by which the running layer differs from a finished one, or one to come: whichever stores more.
+
+    The first or the last layer is the one that counts.
+    """
+    own = {"before": running.before, "both": running.before + running.after, "after": running.after}
+    return own[phase.layer_memory] - max(running.before, running.after)
 
 
 def _flops(work: Work) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from imdc.errors import UnsupportedModelError
 
-_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
 
 # config.json leaves out what equals the default of its config class; these classes differ from most others.
 _TIED_BY_DEFAULT = ("gemma", "cohere", "gpt2")
@@ -152,7 +152,7 @@ class ModelShape:
             max_positions=_trained_window(config, rope),
             rotary=int(head_dim * _partial_rotary(config, rope)),
             dtype=dtype,
-            dtype_bytes=_DTYPE_BYTES[dtype],
+            dtype_bytes=DTYPE_BYTES[dtype],
             sliding_layers=sliding,
             window=window,
             tied=bool(_default(config, "tie_word_embeddings", family.startswith(_TIED_BY_DEFAULT))),
@@ -176,7 +176,7 @@ class ModelShape:
             storages[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
         shape = cls.from_config(model.config)
         dtype = str(model.dtype).rpartition(".")[2]
-        return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=_DTYPE_BYTES[dtype])
+        return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=DTYPE_BYTES[dtype])
 
 
 def _first(config: Any, names: Iterable[str]) -> Any:
@@ -222,8 +222,8 @@ def _dtype_name(config: Any) -> str:
     if value is None:
         value = getattr(config, "torch_dtype", None)
     name = "float32" if value is None else str(value).rpartition(".")[2]
-    if name not in _DTYPE_BYTES:
-        raise UnsupportedModelError(f"the config has dtype {name!r}; a plan knows {', '.join(sorted(_DTYPE_BYTES))}")
+    if name not in DTYPE_BYTES:
+        raise UnsupportedModelError(f"the config has dtype {name!r}; a plan knows {', '.join(sorted(DTYPE_BYTES))}")
     return name
 
 

@@ -44,6 +44,11 @@ class Phase:
     logits: int = 0
     layer_memory: str = "before"
 
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return self.activations + self.attention + self.scoring + self.logits
+
 
 @dataclass(frozen=True, slots=True)
 class Layers:
