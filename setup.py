@@ -1,8 +1,12 @@
 """Build description of imdc. Tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "imdc" / "__init__.py").read_text(), flags=re.MULTILINE)[1]
 
 DEV = [
     "hypothesis>=6.100",
@@ -16,9 +20,9 @@ DEV = [
 
 setup(
     name="imdc",
-    version="0.1.0",
+    version=VERSION,
     description="Prefill very long prompts with Hugging Face models in bounded memory",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -125,16 +125,19 @@ def _gguf_path(folder: str, gguf_file: str) -> Path:
 
 def _dequantised(path: Path) -> Path:
     """Cache folder with the dequantised float32 weights and the tokenizer of the GGUF file `path`; made if absent."""
-    import transformers
-
-    key = f"{path.stem}-{_sha256(path)[:16]}-transformers-{transformers.__version__}-v{_CACHE_FORMAT}"
-    folder = cache_dir() / key
+    folder = cache_dir() / _cache_name(path)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
-        _write_dequantised(path, work)
+        try:
+            _write_dequantised(path, work)
+        except LoadError:
+            raise
+        except Exception as error:
+            # Whatever the readers of a foreign format stumble over: KeyError, struct.error, ...
+            raise LoadError(f"cannot read {os.fspath(path)!r} as a model: {error}") from error
         try:
             work.rename(folder)
         except OSError:
@@ -144,6 +147,13 @@ def _dequantised(path: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _cache_name(path: Path) -> str:
+    """Folder name that changes with the file's content, however it is called, and with the release that converts it."""
+    import transformers
+
+    return f"{path.stem}-{_sha256(path)[:16]}-transformers-{transformers.__version__}-v{_CACHE_FORMAT}"
 
 
 def _write_dequantised(path: Path, folder: Path) -> None:

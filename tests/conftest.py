@@ -1,0 +1,67 @@
+"""Settings and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports them: no test may reach for the hub, and Triton without a GPU needs its interpreter.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tiny_models import build
+
+from imdc.loading import SMOLLM2_INSTALL, find_smollm2_gguf, load_model
+
+_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32 with its tokenizer, shared: leave it unpatched."""
+    path = find_smollm2_gguf()
+    if path is None:
+        pytest.skip(f"SmolLM2 is not installed: {SMOLLM2_INSTALL}")
+    return load_model(path)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The project's real texts, which lie beside the repository and are not part of it."""
+    if not _DATA.is_dir():
+        pytest.skip(f"no test data at {_DATA}")
+    return _DATA
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per UTF-8 byte, as in GPT-2's vocabulary before any merge, and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A folder with a tiny random Llama and the byte tokenizer, as `from_pretrained` wants it."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    build("llama", vocab_size=len(byte_tokenizer)).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder

