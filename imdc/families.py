@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from imdc.errors import UnsupportedModelError, did_you_mean
 from imdc.memory import MemoryLayer
+from imdc.sliding import SlidingLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +145,9 @@ class Parts:
             return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
         return int(self.config.max_position_embeddings)
 
-    def cache_layers(self) -> list[MemoryLayer | DynamicSlidingWindowLayer]:
-        """Fresh cache layers: compressed ones for full attention, transformers' own for sliding windows."""
-        return [MemoryLayer() if window is None else DynamicSlidingWindowLayer(window) for window in self.windows]
+    def cache_layers(self) -> list[MemoryLayer | SlidingLayer]:
+        """Fresh cache layers: compressed ones for full attention, windows for sliding attention."""
+        return [MemoryLayer() if window is None else SlidingLayer(window) for window in self.windows]
 
     def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines [T, R] of `positions` (int64 [T]) without attention scaling; None where nothing turns.

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from imdc.errors import UnsupportedCallError
+from imdc.sliding import SlidingLayer
 
 # Decoding appends one KV pair at a time; room is made for this many at once.
 _TAIL_BLOCK = 128
@@ -211,7 +212,7 @@ class ImdcCache(Cache):
     """
 
     def __init__(
-        self, layers: list[MemoryLayer | DynamicSlidingWindowLayer], *, owner: object, can_crop: bool = True
+        self, layers: list[MemoryLayer | SlidingLayer], *, owner: object, can_crop: bool = True
     ) -> None:
         super().__init__(layers=list(layers))
         self.owner = owner
@@ -322,6 +323,12 @@ class ImdcCache(Cache):
         if full is not None and tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - full.seen)
         super().crop(tokens_to_remove)
+
+    def record_past(self, record: bool) -> None:
+        """Whether sliding layers keep what leaves their window until the next `crop` (assisted decoding)."""
+        for layer in self.layers:
+            if isinstance(layer, SlidingLayer):
+                layer.record_past = record
 
     def reset(self) -> None:
         """Forget everything; the next forward call reads a prompt."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from imdc.attention import unregister_all
@@ -91,9 +92,11 @@ class PatchHandle:
             return self._call(args, kwargs)
 
         @functools.wraps(self._prepare)
-        def prepare(generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kw: Any) -> Any:
-            self._take_over(generation_config, model_kwargs)
-            return self._prepare(generation_config, model_kwargs, *args, **kw)
+        def prepare(
+            generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: GenerationMode, *args: Any, **kw: Any
+        ) -> Any:
+            self._take_over(generation_config, model_kwargs, mode)
+            return self._prepare(generation_config, model_kwargs, mode, *args, **kw)
 
         with _lock:
             model.__dict__.update({_MARK: self, "forward": forward, "_prepare_cache_for_generation": prepare})
@@ -142,7 +145,9 @@ class PatchHandle:
         """The backend in use and why, as one sentence."""
         return self._engine.backend()[1]
 
-    def _take_over(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    def _take_over(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: GenerationMode
+    ) -> None:
         """Check a generate() call and give it an imdc cache, before anything else happens."""
         self._check_mode()
         refused = {
@@ -165,10 +170,10 @@ class PatchHandle:
             raise UnsupportedCallError("inputs_embeds is not supported: observers re-read token ids; pass input_ids")
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            model_kwargs["past_key_values"] = self.new_cache()
-            return
+            cache = model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(cache)
         cache.phase = "prefill"
+        cache.record_past(mode == GenerationMode.ASSISTED_GENERATION)
 
     def _check_mode(self) -> None:
         if self._parts.model.training:
