@@ -7,6 +7,7 @@ packed operands of a matrix product) stays unseen; the process's resident memory
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -147,3 +148,19 @@ def resident_bytes() -> int | None:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
+
+
+def peak_resident_bytes() -> int | None:
+    """Highest resident memory of this process since `reset_peak_resident`; None where /proc does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next((line for line in file if line.startswith("VmHWM:")), None)
+        return None if line is None else int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None
+
+
+def reset_peak_resident() -> None:
+    """Let `peak_resident_bytes` start anew, through Linux's /proc/self/clear_refs; elsewhere nothing happens."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

@@ -80,10 +80,11 @@ def predict(
 
 def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     shape, kinds = work.shape, work.kinds
+    per_key = 2 * shape.rotary * shape.rotary_bases
     # Token ids and positions are int64.
-    tables = 2 * work.rows * shape.rotary * shape.dtype_bytes + 16 * work.rows
+    tables = work.rows * (per_key * (4 if shape.float_rotary else shape.dtype_bytes) + 16)
     if work.compact:
-        tables += 2 * work.keys * shape.rotary * shape.dtype_bytes
+        tables += work.keys * per_key * shape.dtype_bytes
     stored = sum(layers.count * max(layers.before, layers.after) for layers in kinds)
     pair = shape.kv_bytes_per_token
     memory, phase = max(
@@ -117,7 +118,7 @@ def _flops(work: Work) -> int:
     shape, rows, before = work.shape, work.rows, work.step.memory_before
     queries = shape.q_heads * shape.head_dim
     idle_experts = shape.experts - shape.experts_per_token
-    active = shape.layer_parameters - idle_experts * shape.expert_parameters
+    active = shape.layer_matrices - idle_experts * shape.expert_parameters
     full_pairs = rows * before + rows * (rows + 1) // 2
     sliding_pairs = min(full_pairs, rows * (shape.window or 0))
     pairs = shape.full_layers * full_pairs + shape.sliding_layers * sliding_pairs
@@ -153,7 +154,11 @@ def memory_cost(
 
 
 def predict_unpatched(shape: ModelShape, prompt_tokens: int) -> StepFootprint:
-    """The footprint of the model's own prefill: one step over the whole prompt, fused attention, last logits only."""
+    """The footprint of the model's own prefill: one step over the whole prompt, last logits only.
+
+    Attention is taken to be fused and to need no mask, as flash attention does. transformers' sdpa builds a mask of
+    N x N for sliding windows, and eager attention a float32 matrix; these take more.
+    """
     whole = Step(0, 0, prompt_tokens, 0, prompt_tokens)
     config = PrefillConfig(schedule="full", observer="window")
     work = Work(shape, config, whole, 0, True, "flash", False)

@@ -21,6 +21,8 @@ _QK_NORM = ("qwen3", "gemma3", "olmo2")
 _FOUR_NORMS = ("gemma2", "gemma3")
 _FUSED = ("phi3",)
 _POST_NORM = ("olmo2",)
+_FLOAT_ROTARY = ("olmo2",)
+_TWO_ROTARY_BASES = ("gemma3_text",)
 _OPT_IN_WINDOW = ("qwen2", "qwen3")
 # Every n-th layer sees everything, where config.json is older than `layer_types`.
 _WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6}
@@ -54,6 +56,8 @@ class ModelShape:
         qk_norm: queries and keys are normalised per head.
         softcap: attention logits are capped (Gemma 2), which fused attention cannot do.
         post_norm: norms follow attention and MLP instead of preceding them (OLMo 2).
+        float_rotary: rotary embedding works in float32 whatever the dtype (OLMo 2).
+        rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
         norms_per_layer: RMS norms per layer besides those of queries and keys.
         weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
     """
@@ -81,6 +85,8 @@ class ModelShape:
     qk_norm: bool = False
     softcap: bool = False
     post_norm: bool = False
+    float_rotary: bool = False
+    rotary_bases: int = 1
     norms_per_layer: int = 2
     weight_bytes: int | None = None
 
@@ -95,13 +101,21 @@ class ModelShape:
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
+    def layer_matrices(self) -> int:
+        """Parameters of one decoder layer that are matrices, over which a token is multiplied."""
+        q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + self.expert_parameters * self.experts + router
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
         q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
-        attention += (q_width + 2 * kv_width) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        return attention + self.expert_parameters * self.experts + router + self.norms_per_layer * self.hidden
+        biases = (q_width + 2 * kv_width) * self.qkv_bias
+        # OLMo 2 normalises all heads of a token at once, the others each head by itself.
+        head_norms = (q_width + kv_width if self.post_norm else 2 * self.head_dim) * self.qk_norm
+        return self.layer_matrices + biases + head_norms + self.norms_per_layer * self.hidden
 
     @property
     def parameters(self) -> int:
@@ -164,6 +178,8 @@ class ModelShape:
             qk_norm=family.startswith(_QK_NORM),
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
             post_norm=family in _POST_NORM,
+            float_rotary=family in _FLOAT_ROTARY,
+            rotary_bases=1 + (family in _TWO_ROTARY_BASES),
             norms_per_layer=4 if family.startswith(_FOUR_NORMS) else 2,
         )
 

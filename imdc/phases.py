@@ -118,7 +118,8 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     yield Phase("norm", unit * 3 * hidden + 8 * rows * hidden)
     if shape.qk_norm:
         yield Phase("heads", unit * (inputs + queries) + 8 * rows * queries)
-    yield Phase("rotary", unit * (inputs + 4 * queries + 2 * keys))
+    turned_unit = rows * 4 if shape.float_rotary else unit
+    yield Phase("rotary", unit * (inputs + queries + 2 * keys) + turned_unit * 3 * queries)
 
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
     turned, turning, own = _attention(work, layers)
@@ -148,7 +149,7 @@ def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
     """Bytes of rotated copies, of the temporaries of rotating, and of what the backend needs, its output included.
 
     "triton" and "flash" need the output and the log-sum-exp only. "sdpa" attends to memory and chunk apart and merges:
-    grouped queries, two outputs, their float32 sum where the dtype is shorter, four log-sum-exps; through a window it
+    grouped queries, two outputs, their float32 sum where the dtype is shorter, log-sum-exps; through a window it
     repeats the keys and values of a block for every query head. "reference" works on one KV head in float32, in
     blocks of scores.
     """
@@ -168,8 +169,10 @@ def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
         span = min(total, block + layers.window - 1)
         most += (2 * span + block) * queries * shape.dtype_bytes + block * span * (2 + shape.dtype_bytes)
     elif work.backend == "sdpa" and layers.before:
-        merged = 0 if shape.dtype_bytes == 4 else 4 * rows * queries + unit * queries
-        most = 3 * unit * queries + merged + 4 * log_sums
+        # Phi-3's queries arrive in the order in which they can be grouped without a copy.
+        merged = (2 if shape.fused else 3) * unit * queries
+        shorter = 3 * log_sums + 4 * rows * queries + unit * queries
+        most = merged + (4 * log_sums if shape.dtype_bytes == 4 else shorter)
     return turned, turning, most
 
 
