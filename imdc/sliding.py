@@ -26,6 +26,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     is_croppable = True
 
     def __init__(self, sliding_window: int) -> None:
+        """An empty layer of a model that sees `sliding_window` tokens, the current one included."""
         super().__init__(sliding_window)
         self.record_past = False
 
@@ -59,8 +60,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         end = self.keys.shape[2] - removed
         if removed and end < min(before, seen):
             raise UnsupportedCallError(
-                f"crop({tokens_to_remove}) would bring back tokens that left the sliding window of {self.sliding_window}; "
-                f"call activate_past_recording() of the cache before decoding them"
+                f"crop({tokens_to_remove}) would bring back tokens that left the window of {self.sliding_window}; "
+                f"call record_past(True) of the cache before decoding them"
             )
         start = max(0, end - before)
         self.keys, self.values = self.keys[:, :, start:end], self.values[:, :, start:end]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ _SHAPE = {
     "bos_token_id": 1,
     # Out of the vocabulary: nothing stops a generation early.
     "eos_token_id": None,
+    # Tied to the scaled embeddings of Gemma, a random head repeats its input whatever the cache holds.
+    "tie_word_embeddings": False,
     # Of the usual 0.02, tiny random models attend almost evenly and would hide an exchanged key.
     "initializer_range": 0.2,
 }
@@ -57,9 +60,7 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
 }
 
-FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
-    family: (lambda family: lambda **overrides: build(family, **overrides))(family) for family in _CLASSES
-}
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: functools.partial(build, family) for family in _CLASSES}
 
 
 def greedy(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> GenerateDecoderOnlyOutput:

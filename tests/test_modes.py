@@ -1,0 +1,284 @@
+"""Every way in which generate() decodes, on every family: the table of modes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import imdc
+from imdc.errors import UnsupportedCallError
+
+ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
+TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
+LENGTH = 110
+NEW = 8
+
+
+@functools.lru_cache(maxsize=2)
+def model_of(family: str) -> PreTrainedModel:
+    return FAMILIES[family]()
+
+
+@functools.lru_cache(maxsize=2)
+def assistant_of(family: str, noise: float) -> PreTrainedModel:
+    """A model that agrees with `family` on some tokens, and not on others."""
+    model = build(family)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += noise * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+    model.generation_config.num_assistant_tokens = 4
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    model.generation_config.assistant_confidence_threshold = 0.0
+    return model
+
+
+def prompt(rows: int = 1) -> Tensor:
+    """Rows that repeat themselves, so that prompt lookup finds candidates."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 128, (rows, LENGTH // 5), generator=generator).repeat(1, 5)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
+    """New tokens of the call `options`, which starts from one seed."""
+    torch.manual_seed(3)
+    # Prompt lookup of transformers 5.6 needs an end token.
+    settings = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 2, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class StopAfter(StoppingCriteria):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+def plain(**options: Any) -> Callable[[str, PreTrainedModel], Tensor]:
+    return lambda family, model: generate(model, prompt(), **options)
+
+
+def assisted(noise: float, **options: Any) -> Callable[[str, PreTrainedModel], Tensor]:
+    return lambda family, model: generate(model, prompt(), assistant_model=assistant_of(family, noise), **options)
+
+
+def streamed(family: str, model: PreTrainedModel) -> Tensor:
+    collector = Collector()
+    generate(model, prompt(), streamer=collector)
+    assert collector.ended
+    return torch.tensor([collector.tokens])
+
+
+def as_record(family: str, model: PreTrainedModel) -> Tensor:
+    output = generate(model, prompt(), return_dict_in_generate=True, output_scores=True, output_logits=True)
+    assert len(output.scores) == len(output.logits) == output.sequences.shape[1] - LENGTH
+    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    return output.sequences
+
+
+def at_least_six(family: str, model: PreTrainedModel) -> Tensor:
+    """The end token is one that greedy decoding chooses early; both the stop and its delay must show."""
+    third = int(generate(model, prompt(), eos_token_id=None)[0, LENGTH + 2])
+    short = generate(model, prompt(), eos_token_id=third)
+    long = generate(model, prompt(), eos_token_id=third, min_new_tokens=6)
+    assert short.shape[1] <= LENGTH + 3 and long.shape[1] >= LENGTH + 6
+    return torch.cat((short, long), dim=1)
+
+
+def uneven_ends(family: str, model: PreTrainedModel) -> Tensor:
+    """One row ends before the other and is filled with padding."""
+    rows = prompt(2)
+    third = int(generate(model, rows, eos_token_id=None)[0, LENGTH + 2])
+    return generate(model, rows, eos_token_id=third)
+
+
+def stopped(family: str, model: PreTrainedModel) -> Tensor:
+    tokens = generate(
+        model, prompt(), stopping_criteria=StoppingCriteriaList([StopAfter(LENGTH + 5)]), eos_token_id=None
+    )
+    assert tokens.shape[1] == LENGTH + 5
+    return tokens
+
+
+def by_callable(family: str, model: PreTrainedModel) -> Tensor:
+    """A decoding loop of the caller's own."""
+
+    def loop(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        kwargs = {name: kwargs[name] for name in ("past_key_values", "attention_mask")}
+        output = model(input_ids, **kwargs, logits_to_keep=1)
+        for _ in range(NEW):
+            new = output.logits[:, -1:].argmax(dim=-1)
+            input_ids = torch.cat((input_ids, new), dim=1)
+            output = model(new, past_key_values=kwargs["past_key_values"], logits_to_keep=1)
+        return input_ids
+
+    with torch.no_grad():
+        return generate(model, prompt(), custom_generate=loop)
+
+
+MODES: dict[str, Callable[[str, PreTrainedModel], Tensor]] = {
+    "greedy": plain(),
+    "sampling": plain(do_sample=True, temperature=0.8, top_k=20),
+    "beams": plain(num_beams=3, num_return_sequences=2),
+    "beam sampling": plain(num_beams=2, do_sample=True),
+    "return sequences": plain(do_sample=True, num_return_sequences=3),
+    "penalties": plain(repetition_penalty=1.3, no_repeat_ngram_size=2),
+    "guidance": plain(guidance_scale=1.5),
+    "prompt lookup": plain(prompt_lookup_num_tokens=4),
+    "assisted": assisted(0.05),
+    "assisted sampling": assisted(0.05, do_sample=True),
+    "streaming": streamed,
+    "record": as_record,
+    "stopping criteria": stopped,
+    "min new tokens": at_least_six,
+    "uneven ends": uneven_ends,
+    "custom loop": by_callable,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roomy_memory_decodes_as_the_unpatched_model(family: str, mode: str) -> None:
+    model, run = model_of(family), MODES[mode]
+    wanted = run(family, model)
+    with imdc.patch(model, **ROOMY) as handle:
+        got = run(family, model)
+        assert handle.report is not None and len(handle.report.steps) > 2
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("mode", ["prompt lookup", "assisted", "streaming", "record", "custom loop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tight_memory_decodes_as_its_own_greedy(family: str, mode: str) -> None:
+    model = model_of(family)
+    with imdc.patch(model, **TIGHT) as handle:
+        wanted = MODES["greedy"](family, model)
+        got = MODES[mode](family, model)
+        assert handle.report is not None
+        # A model of sliding windows only has no memory to bound.
+        assert handle.report.memory_tokens == (0 if family == "mistral_sliding" else TIGHT["memory_tokens"])
+    assert torch.equal(got[:, : wanted.shape[1]], wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tight_beams_of_a_row_are_those_of_the_row_alone(family: str) -> None:
+    model = model_of(family)
+    other = torch.randint(3, 128, (1, LENGTH), generator=torch.Generator().manual_seed(5))
+    rows = torch.cat((prompt(), other, prompt()))
+    with imdc.patch(model, **TIGHT) as handle:
+        together = generate(model, rows, num_beams=3)
+        assert handle.report is not None and handle.report.rows == 2
+        alone = [generate(model, row[None], num_beams=3)[0] for row in rows]
+    for got, wanted in zip(together, alone, strict=True):
+        # Rows that end early are filled up.
+        assert torch.equal(got[: wanted.shape[0]], wanted) and (got.numel() == wanted.numel() or wanted[-1] == 2)
+
+
+class Calls:
+    """Counts the tokens of every forward call of a model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+
+    def __enter__(self) -> Calls:
+        self.handle = self.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.4], ids=["agrees often", "agrees rarely"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_any_assistant_gives_greedy_tokens(family: str, noise: float, positions: str) -> None:
+    model, new = model_of(family), 24
+    # So little is dropped that an unpatched assistant still agrees with what the memory says.
+    with imdc.patch(model, positions=positions, memory_tokens=LENGTH - 4, chunk_tokens=32) as handle:
+        wanted = generate(model, prompt(), max_new_tokens=new, eos_token_id=None)
+        with Calls(model) as calls:
+            got = generate(model, prompt(), max_new_tokens=new, assistant_model=assistant_of(family, noise))
+        assert handle.report is not None
+        decoded = calls.tokens[len(handle.report.steps) :]
+    assert torch.equal(got, wanted)
+    # Otherwise nothing would be known about candidates that are accepted, or that are taken back.
+    assert len(decoded) <= new * 2 / 3 if noise < 0.1 else sum(decoded) > new * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}], ids=["beams", "n"]
+)
+def test_identical_rows_are_prefilled_once(options: dict[str, Any]) -> None:
+    model = model_of("llama")
+    counts: list[list[int]] = []
+    with imdc.patch(model, **TIGHT):
+        for settings in ({}, options):
+            with Calls(model) as calls:
+                generate(model, prompt(), eos_token_id=None, **settings)
+            counts.append(calls.tokens)
+    assert counts[0] == counts[1]
+    assert len([count for count in counts[0] if count > 1]) == -(-LENGTH // TIGHT["chunk_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prefill_chunk_size": 16}, "prefill_chunk_size=16.*chunk_tokens"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
+    ],
+)
+def test_options_that_imdc_cannot_honour_are_refused(options: dict[str, Any], named: str) -> None:
+    model = model_of("llama")
+    wanted = generate(model, prompt())
+    with imdc.patch(model, **ROOMY):
+        with pytest.raises(UnsupportedCallError, match=named):
+            generate(model, prompt(), **options)
+        assert torch.equal(generate(model, prompt()), wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"dola_layers": "low"},
+        {"num_beams": 2, "force_words_ids": [[5]]},
+    ],
+    ids=["contrastive", "group beams", "dola", "constrained beams"],
+)
+def test_modes_that_transformers_moved_to_the_hub_raise_its_own_error(options: dict[str, Any]) -> None:
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="trust_remote_code") as theirs:
+        generate(model, prompt(), **options)
+    with imdc.patch(model, **ROOMY):
+        with pytest.raises(ValueError, match="trust_remote_code") as ours:
+            generate(model, prompt(), **options)
+        assert str(ours.value) == str(theirs.value) and type(ours.value) is type(theirs.value)
