@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imdc.config import PrefillConfig as PrefillConfig
+    from imdc.explain import explain as explain
     from imdc.memory import ImdcCache as ImdcCache
     from imdc.patch import PatchHandle as PatchHandle
     from imdc.patch import patch as patch
@@ -28,6 +29,7 @@ _HOMES = {
     "patch": "imdc.patch",
     "load_cache": "imdc.persistence",
     "Plan": "imdc.plan",
+    "explain": "imdc.explain",
     "plan": "imdc.plan",
     "PrefillReport": "imdc.report",
     "StepReport": "imdc.report",

@@ -76,9 +76,7 @@ class StepRun:
         self.workspace, self.compact = workspace, compact
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""
         window = self.parts.windows[layer]
         stored = self.row.stored(layer)
@@ -174,9 +172,7 @@ def _attention_function(own: str) -> Callable[..., tuple[Tensor, Any]]:
             # Eager attention is not registered with transformers: every model file has its own.
             eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
             function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
-            result: tuple[Tensor, Any] = function(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
+            result: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             return result
         layer: Any = module.layer_idx
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

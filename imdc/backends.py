@@ -8,6 +8,7 @@ forward pass and Triton for the rest. All have the signatures of `imdc.kernels.r
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from imdc.errors import ConfigError
+from imdc.flash import find_flash, flash_attention
 from imdc.kernels import reference
 
 _TRITON_HEAD_SIZES = frozenset({16, 32, 64, 96, 128, 256})
@@ -47,9 +49,7 @@ class AttentionTraits:
     windowed: bool
 
 
-REFERENCE = Backend(
-    "reference", reference.chunk_attention, reference.key_mass, reference.select, reference.compact
-)
+REFERENCE = Backend("reference", reference.chunk_attention, reference.key_mass, reference.select, reference.compact)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -103,9 +103,7 @@ def sdpa_attention(
     kv_heads, queries = k.shape[1], q.shape[2]
     group, memory = q.shape[1] // kv_heads, k.shape[2] - queries
     grouped = rearrange(q, "b (h g) q d -> (b h) g q d", h=kv_heads)
-    chunk_k, chunk_v = (
-        rearrange(x[:, :, memory:], "b h t d -> (b h) 1 t d").expand(-1, group, -1, -1) for x in (k, v)
-    )
+    chunk_k, chunk_v = (rearrange(x[:, :, memory:], "b h t d -> (b h) 1 t d").expand(-1, group, -1, -1) for x in (k, v))
     out, lse = _fused(grouped, chunk_k, chunk_v, scale, causal=True)
     out, lse = (rearrange(x, "(b h) g ... -> b (h g) ...", h=kv_heads) for x in (out, lse))
     if memory == 0:
@@ -125,9 +123,13 @@ SDPA = replace(REFERENCE, name="sdpa", chunk_attention=sdpa_attention)
 def _triton() -> Backend:
     from imdc.kernels import chunk_attention, compact, key_mass, select
 
-    return Backend(
-        "triton", chunk_attention.chunk_attention, key_mass.key_mass, select.select, compact.compact
-    )
+    return Backend("triton", chunk_attention.chunk_attention, key_mass.key_mass, select.select, compact.compact)
+
+
+def _flash() -> Backend:
+    found = find_flash()
+    assert found is not None, "_unmet() comes first"
+    return replace(_triton(), name="flash", chunk_attention=flash_attention(found[0]))
 
 
 def _unmet(name: str, traits: AttentionTraits) -> str | None:
@@ -138,20 +140,25 @@ def _unmet(name: str, traits: AttentionTraits) -> str | None:
         return "it cannot cap logits (softcap)" if traits.softcap else None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    if name == "triton":
-        if traits.device_type != "cuda" and not _interpreting():
-            return f"its kernels need a CUDA device, the model is on {traits.device_type}"
-        if traits.head_dim not in _TRITON_HEAD_SIZES:
-            return f"head size {traits.head_dim} is not one of {sorted(_TRITON_HEAD_SIZES)}"
-        return None
-    return "flash-attn is not wired up in this version"
+    # TRITON_INTERPRET=1 runs the kernels on the CPU: slow, for tests.
+    if traits.device_type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"its kernels need a CUDA device, the model is on {traits.device_type}"
+    if traits.head_dim not in _TRITON_HEAD_SIZES:
+        return f"head size {traits.head_dim} is not one of {sorted(_TRITON_HEAD_SIZES)}"
+    if name == "flash":
+        if find_flash() is None:
+            return "flash-attn is not installed (pip install flash-attn)"
+        if traits.dtype not in (torch.float16, torch.bfloat16):
+            return f"flash-attn takes float16 and bfloat16, the model is {traits.dtype}"
+    return None
 
 
-def _interpreting() -> bool:
-    """Whether Triton kernels run on its CPU interpreter."""
-    import os
-
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+_MAKERS: dict[str, Callable[[], Backend]] = {
+    "triton": _triton,
+    "flash": _flash,
+    "sdpa": lambda: SDPA,
+    "reference": lambda: REFERENCE,
+}
 
 
 def choose(name: str, traits: AttentionTraits) -> tuple[Backend, str]:
@@ -160,22 +167,20 @@ def choose(name: str, traits: AttentionTraits) -> tuple[Backend, str]:
     Raises:
         ConfigError: the named backend cannot serve this model here; the message says why and what can.
     """
-    makers: dict[str, Callable[[], Backend]] = {
-        "triton": _triton, "sdpa": lambda: SDPA, "reference": lambda: REFERENCE
-    }
     if name != "auto":
         reason = _unmet(name, traits)
         if reason is not None:
-            usable = [other for other in makers if _unmet(other, traits) is None]
+            usable = [other for other in _MAKERS if _unmet(other, traits) is None]
             raise ConfigError(f"backend={name!r} cannot be used: {reason}; use backend='auto' or one of {usable}")
-        return makers[name](), f"{name}: asked for"
+        return _MAKERS[name](), f"{name}: asked for"
+    # flash-attn is asked for by name until it has been timed beside Triton on a GPU.
     order = ("triton", "sdpa", "reference") if traits.device_type == "cuda" else ("sdpa", "reference")
     passed: list[str] = []
     for candidate in order:
         reason = _unmet(candidate, traits)
         if reason is None:
             why = "; ".join(passed) if passed else f"first choice on {traits.device_type}"
-            return makers[candidate](), f"{candidate}: {why}"
+            return _MAKERS[candidate](), f"{candidate}: {why}"
         passed.append(f"not {candidate}: {reason}")
     raise AssertionError("the reference backend serves every model")
 

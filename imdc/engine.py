@@ -314,5 +314,3 @@ class _Reader:
         self.reports.append(report)
         if self.engine.on_step is not None:
             self.engine.on_step(report)
-
-

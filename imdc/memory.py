@@ -89,7 +89,9 @@ class MemoryLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, Hkv, q, D] to the tail and return all stored keys and values."""
         if not self.is_initialized or self.keys is None or self.values is None:
-            raise UnsupportedCallError("this cache was never prefilled; call generate() or model(...) of a patched model")
+            raise UnsupportedCallError(
+                "this cache was never prefilled; call generate() or model(...) of a patched model"
+            )
         count, length = key_states.shape[2], self.stored
         if self._buffers is None or self._buffers[0].shape[2] < length + count:
             self._buffers = (self._roomier(self.keys, count), self._roomier(self.values, count))
@@ -211,9 +213,7 @@ class ImdcCache(Cache):
         rows: per-row state, None before the first prefill.
     """
 
-    def __init__(
-        self, layers: list[MemoryLayer | SlidingLayer], *, owner: object, can_crop: bool = True
-    ) -> None:
+    def __init__(self, layers: list[MemoryLayer | SlidingLayer], *, owner: object, can_crop: bool = True) -> None:
         super().__init__(layers=list(layers))
         self.owner = owner
         self._can_crop = can_crop

@@ -93,7 +93,11 @@ class PatchHandle:
 
         @functools.wraps(self._prepare)
         def prepare(
-            generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: GenerationMode, *args: Any, **kw: Any
+            generation_config: GenerationConfig,
+            model_kwargs: dict[str, Any],
+            mode: GenerationMode,
+            *args: Any,
+            **kw: Any,
         ) -> Any:
             self._take_over(generation_config, model_kwargs, mode)
             return self._prepare(generation_config, model_kwargs, mode, *args, **kw)
@@ -152,8 +156,14 @@ class PatchHandle:
         self._check_mode()
         refused = {
             "use_cache": (generation_config.use_cache is False, "the memory is a KV cache; leave use_cache=True"),
-            "output_attentions": (generation_config.output_attentions, "no attention matrix is ever built; leave it off"),
-            "output_hidden_states": (generation_config.output_hidden_states, "only the last chunk's exist; leave it off"),
+            "output_attentions": (
+                generation_config.output_attentions,
+                "no attention matrix is ever built; leave it off",
+            ),
+            "output_hidden_states": (
+                generation_config.output_hidden_states,
+                "only the last chunk's exist; leave it off",
+            ),
             "prefill_chunk_size": (
                 generation_config.prefill_chunk_size is not None,
                 "imdc chunks the prompt itself; set chunk_tokens in imdc.patch()",

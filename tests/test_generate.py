@@ -237,7 +237,8 @@ def test_auto_chunks_are_the_largest_that_the_limit_allows() -> None:
         assert handle.report is not None
         assert len(handle.report.steps) == len(plan.steps)
         assert max(step.chunk_tokens for step in handle.report.steps) >= max(s.chunk_tokens for s in plan.steps)
-    with imdc.patch(model, chunk_tokens="auto", memory_limit=1000, memory_tokens=64), pytest.raises(
-        imdc.errors.ConfigError, match="needs at least"
+    with (
+        imdc.patch(model, chunk_tokens="auto", memory_limit=1000, memory_tokens=64),
+        pytest.raises(imdc.errors.ConfigError, match="needs at least"),
     ):
         greedy(model, ids)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from imdc.kernels import reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imdc.backends import REFERENCE, SDPA, Backend
 from imdc.config import PrefillConfig
-from imdc.kernels import reference
 from imdc.observers import OBSERVERS, Observation, get_observer
 
 B, HQ, HKV, D = 1, 6, 2, 16
@@ -52,7 +52,8 @@ def dense_mass(seen: Observation, rows: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", [REFERENCE, SDPA], ids=lambda backend: backend.name)
 @pytest.mark.parametrize(
-    ("observer", "tail", "rows"), [("prompt_tail", 4, 4), ("prompt_tail", 0, 4), ("window", 0, 4), ("all_queries", 0, 12)]
+    ("observer", "tail", "rows"),
+    [("prompt_tail", 4, 4), ("prompt_tail", 0, 4), ("window", 0, 4), ("all_queries", 0, 12)],
 )
 def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
     backend: Backend, observer: str, tail: int, rows: int
