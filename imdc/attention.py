@@ -55,7 +55,8 @@ class StepRun:
     """One running step: what every layer needs to attend, score and compress.
 
     With compact positions the model is run at position 0, where rotary embedding is the identity, so queries and keys
-    arrive canonical; they are rotated here, the memory as 0..m-1 and the chunk after it.
+    arrive canonical; they are rotated here, the memory as 0..m-1 and the chunk after it. `tail_gap` positions lie
+    between the chunk and the tail rows.
     """
 
     def __init__(
@@ -65,13 +66,15 @@ class StepRun:
         step: Step,
         *,
         tail_rows: int,
+        tail_gap: int,
         config: PrefillConfig,
         backend: Backend,
         observer: Observer,
         workspace: Workspace,
         compact: bool,
     ) -> None:
-        self.parts, self.row, self.step, self.tail_rows = parts, row, step, tail_rows
+        self.parts, self.row, self.step = parts, row, step
+        self.tail_rows, self.tail_gap = tail_rows, tail_gap
         self.config, self.backend, self.observer = config, backend, observer
         self.workspace, self.compact = workspace, compact
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
@@ -140,6 +143,8 @@ class StepRun:
         if name not in self._tables:
             first = self.step.memory_before - stored
             positions = torch.arange(first, first + keys.shape[2], device=keys.device)
+            if self.tail_rows:
+                positions[-self.tail_rows :] += self.tail_gap
             self._tables[name] = parts.rotary(layer, positions, keys.dtype)
         return self._tables[name]
 

@@ -235,15 +235,18 @@ class _Reader:
         chunk = ids[step.start : step.start + step.chunk_tokens]
         if tail:
             chunk = torch.cat((chunk, ids[-tail:]))
+        gap = self._tail_gap(step, ids.numel(), tail)
         if self.compact:
             positions = torch.zeros_like(chunk)
         else:
             positions = torch.arange(row.position, row.position + chunk.numel(), device=chunk.device)
+            positions[chunk.numel() - tail :] += gap
         run = StepRun(
             self.parts,
             row,
             step,
             tail_rows=tail,
+            tail_gap=gap,
             config=self.config,
             backend=self.backend,
             observer=self.observer,
@@ -269,6 +272,20 @@ class _Reader:
         if self.config.observer != "prompt_tail" or not drops or is_last:
             return 0
         return min(self.config.observation_tokens, prompt_tokens)
+
+    def _tail_gap(self, step: Step, prompt_tokens: int, tail: int) -> int:
+        """Positions between the chunk and the tail rows that ride along: those of the tokens not read yet.
+
+        Right behind the chunk, the tail would attend mostly to its last tokens, as text does to what precedes it, and
+        the memory would fill with them. Compact positions have to stay within the model's window, and sliding-window
+        layers only know near positions.
+        """
+        if any(window is not None for window in self.parts.windows):
+            return 0
+        unread = max(0, prompt_tokens - tail - step.start - step.chunk_tokens)
+        if not self.compact:
+            return unread
+        return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - tail)
 
     def _check_window(self, row: Row, steps: tuple[Step, ...], tails: list[int]) -> None:
         window = self.parts.trained_window
