@@ -79,6 +79,7 @@ def load_model(
     elif _looks_local(source) and not Path(source).is_dir():
         raise LoadError(f"model folder not found: {source!r}. Give a folder, a .gguf file or a hub id.")
 
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -88,7 +89,7 @@ def load_model(
         first_line = str(error).strip().splitlines()[0]
         raise LoadError(f"cannot load a model from {source!r}: {first_line}") from error
     if device is not None:
-        model = model.to(device)
+        torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
 
 

@@ -115,7 +115,7 @@ def compute(args: argparse.Namespace) -> Outcome:
         reading = answer(model, tokenizer, ids, max_new_tokens=_NEW_TOKENS, config=config, on_step=on_step)
     shape = ModelShape.from_model(model)
     full_kv_bytes = shape.layers * shape.kv_bytes_per_token * len(ids)
-    return Outcome(model.config.name_or_path, config, haystack, reading, full_kv_bytes, window)
+    return Outcome(str(model.config.name_or_path), config, haystack, reading, full_kv_bytes, window)
 
 
 def reference_text() -> str:

@@ -1,0 +1,29 @@
+# `make check` runs what CI runs, in the environment that is active.
+.PHONY: check lint types test bench clean
+
+check: lint types test
+
+lint:
+	ruff check .
+	ruff format --check .
+
+# The sources of imdc.kernels lie in ./kernels, where mypy would not look for them: it gets a tree of links in which
+# they are inside the package.
+TREE = build/types
+types:
+	rm -rf $(TREE)
+	mkdir -p $(TREE)/imdc
+	ln -s $(CURDIR)/imdc/* $(TREE)/imdc/
+	ln -s $(CURDIR)/kernels $(TREE)/imdc/kernels
+	cd $(TREE) && mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p imdc
+	MYPYPATH=$(TREE):bench mypy --config-file pyproject.toml bench/*.py
+
+test:
+	pytest
+
+bench:
+	python bench/needle.py
+	python bench/prefill.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
