@@ -38,6 +38,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Append [B, Hkv, q, D] and return what the q queries may see: at most a window before each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         self.cumulative_length += key_states.shape[2]
         keys = torch.cat((self.keys, key_states), dim=2)
         values = torch.cat((self.values, value_states), dim=2)
@@ -53,7 +54,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         Raises:
             UnsupportedCallError: tokens that left the window would have to come back, and were not recorded.
         """
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             return
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.cumulative_length - tokens_to_remove)
         before, seen = self.sliding_window - 1, self.cumulative_length - removed

@@ -228,6 +228,62 @@ def test_any_assistant_gives_greedy_tokens(family: str, noise: float, positions:
     assert len(decoded) <= new * 2 / 3 if noise < 0.1 else sum(decoded) > new * 2
 
 
+@pytest.mark.parametrize("noise", [0.02, 0.4], ids=["agrees often", "agrees rarely"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("limits", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_a_patched_assistant_drafts_and_takes_back(family: str, noise: float, limits: dict[str, int]) -> None:
+    model, assistant = model_of(family), assistant_of(family, noise)
+    wanted = generate(model, prompt(), max_new_tokens=16)
+    with imdc.patch(assistant, **limits) as drafts:
+        with Calls(assistant) as calls:
+            assert torch.equal(generate(model, prompt(), max_new_tokens=16, assistant_model=assistant), wanted)
+        assert drafts.report is not None
+        # The prompt is read once; after that drafting adds one or two tokens at a time.
+        assert max(calls.tokens[len(drafts.report.steps) :]) <= 2
+        with imdc.patch(model, **ROOMY):
+            assert torch.equal(generate(model, prompt(), max_new_tokens=16, assistant_model=assistant), wanted)
+
+
+def test_an_assistant_that_compresses_while_decoding_is_refused() -> None:
+    assistant = assistant_of("llama", 0.4)
+    with (
+        imdc.patch(assistant, decode_tokens=16, **TIGHT),
+        pytest.raises(UnsupportedCallError, match="decode_tokens=16"),
+    ):
+        generate(model_of("llama"), prompt(), assistant_model=assistant)
+
+
+@pytest.mark.parametrize("family", ["mistral_sliding", "gemma3"])
+def test_windows_stay_bounded_after_assisted_decoding(family: str) -> None:
+    model = model_of(family)
+    with imdc.patch(model, **TIGHT):
+        first = generate(model, prompt(), prompt_lookup_num_tokens=4, return_dict_in_generate=True)
+        history = torch.cat((first.sequences, prompt()), dim=1)
+        second = generate(
+            model,
+            history,
+            past_key_values=first.past_key_values,
+            max_new_tokens=40,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+        )
+    windows = [layer for layer in second.past_key_values.layers if layer.is_sliding]
+    assert windows and all(layer.keys.shape[2] == layer.sliding_window - 1 for layer in windows)
+
+
+@pytest.mark.parametrize("default", [False, True], ids=["asked for", "default of the model"])
+def test_a_growing_cache_may_be_asked_for(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    wanted = generate(model, prompt())
+    options = {} if default else {"cache_implementation": "dynamic"}
+    if default:
+        # Checkpoints of Gemma say this in their generation_config.json.
+        monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    with imdc.patch(model, **ROOMY) as handle:
+        assert torch.equal(generate(model, prompt(), **options), wanted)
+        assert handle.report is not None
+
+
 @pytest.mark.parametrize(
     "options", [{"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}], ids=["beams", "n"]
 )
@@ -250,6 +306,8 @@ def test_identical_rows_are_prefilled_once(options: dict[str, Any]) -> None:
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"cache_implementation": "paged"}, "continuous batching"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit=1"),
         ({"use_cache": False}, "use_cache=False"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
