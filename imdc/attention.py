@@ -23,8 +23,8 @@ from imdc.backends import Backend
 from imdc.config import PrefillConfig
 from imdc.families import Parts
 from imdc.kernels.reference import rotate
-from imdc.memory import Row
 from imdc.observers import Observation, Observer
+from imdc.rows import Row
 from imdc.schedule import Step
 
 _PREFIX = "imdc_"
@@ -34,6 +34,7 @@ class Workspace:
     """The one buffer for memory | chunk | tail rows that all layers of a prefill share, per device and head shape."""
 
     def __init__(self) -> None:
+        """Nothing is allocated before the first layer asks."""
         self._buffers: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def take(self, states: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,7 @@ class StepRun:
         workspace: Workspace,
         compact: bool,
     ) -> None:
+        """`row` is read and replaced layer by layer; the rest stays as it is."""
         self.parts, self.row, self.step = parts, row, step
         self.tail_rows, self.tail_gap = tail_rows, tail_gap
         self.config, self.backend, self.observer = config, backend, observer

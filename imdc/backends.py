@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+import imdc.kernels.reference as reference
 from imdc.errors import ConfigError
 from imdc.flash import find_flash, flash_attention
-from imdc.kernels import reference
 
 _TRITON_HEAD_SIZES = frozenset({16, 32, 64, 96, 128, 256})
 

@@ -90,7 +90,7 @@ class Parts:
     """
 
     model: PreTrainedModel
-    decoder: nn.Module
+    decoder: Any
     config: Any
     family: Family
     rotary_layers: tuple[bool, ...]
@@ -109,20 +109,20 @@ class Parts:
                 f"model is a {type(model).__name__}, not a transformers PreTrainedModel; pass the loaded causal model"
             )
         family = family_of(model.config)
-        decoder = getattr(model, "model", None)
+        decoder: Any = getattr(model, "model", None)
         layers = getattr(decoder, "layers", None)
         if model.get_output_embeddings() is None or not isinstance(decoder, nn.Module) or layers is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no language-model head over a decoder; load it with AutoModelForCausalLM"
             )
-        config = decoder.config
+        config: Any = decoder.config
         if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
             # transformers before 5.20 drops the cap there without a word, later ones raise at the first token.
             raise UnsupportedModelError(
                 "attn_implementation='sdpa' cannot cap logits as this model does; load it with "
                 "attn_implementation='eager'"
             )
-        attentions = [layer.self_attn for layer in layers]
+        attentions: list[Any] = [layer.self_attn for layer in layers]
         flag = family.rope_flag
         return cls(
             model=model,

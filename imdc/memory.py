@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,42 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from imdc.errors import UnsupportedCallError
+from imdc.rows import Row, RowState
 from imdc.sliding import SlidingLayer
 
 # Decoding appends one KV pair at a time; room is made for this many at once.
 _TAIL_BLOCK = 128
-
-
-@dataclass(slots=True)
-class Row:
-    """The KV memory of one prompt row, per layer, while it is read and between turns.
-
-    Attributes:
-        keys: per layer [1, Hkv, n, D]. With compact positions the keys of a row that is being read are canonical
-            (not rotated), those of a finished row are rotated.
-        values: as `keys`.
-        tokens: tokens seen so far, padding not counted.
-        position: rotary position of the next token.
-    """
-
-    keys: list[Tensor | None]
-    values: list[Tensor | None]
-    tokens: int = 0
-    position: int = 0
-
-    @classmethod
-    def empty(cls, layers: int) -> Row:
-        """A row that has read nothing."""
-        return cls([None] * layers, [None] * layers)
-
-    def stored(self, layer: int) -> int:
-        """KV pairs stored per KV head in `layer`."""
-        keys = self.keys[layer]
-        return 0 if keys is None else keys.shape[2]
-
-    def nbytes(self) -> int:
-        """Bytes of all stored keys and values."""
-        return sum(x.nbytes for x in (*self.keys, *self.values) if x is not None)
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -65,7 +33,8 @@ class MemoryLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self) -> None:
-        super().__init__()
+        """An empty layer."""
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
         self.tail = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
@@ -159,7 +128,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move the stored pairs to the CPU."""
-        super().offload()
+        super().offload()  # type: ignore[no-untyped-call]
         self._buffers = None
 
     def _reindex(self, index: Tensor) -> None:
@@ -182,26 +151,6 @@ class MemoryLayer(CacheLayerMixin):
             self._reindex(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
 
-@dataclass(slots=True)
-class RowState:
-    """What is kept per row beside its keys and values; all tensors are int64 [B] on the CPU.
-
-    Attributes:
-        tokens: tokens seen by the prefill, padding not counted.
-        position: rotary position that follows the prefill.
-        padding: unused slots at the front of the full-attention layers of shorter rows.
-    """
-
-    tokens: Tensor
-    position: Tensor
-    padding: Tensor
-
-    def select(self, index: Tensor) -> RowState:
-        """The rows `index`, in that order."""
-        index = index.cpu()
-        return RowState(self.tokens[index], self.position[index], self.padding[index])
-
-
 class ImdcCache(Cache):
     """The KV cache of a patched model: a list of layers, full-attention ones compressed.
 
@@ -211,15 +160,19 @@ class ImdcCache(Cache):
         width: columns of the prompt seen so far, left padding included: what `get_seq_length` says.
         compact: whether the memory is numbered 0..m-1; None before the first prefill.
         rows: per-row state, None before the first prefill.
+        drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
     """
 
     def __init__(self, layers: list[MemoryLayer | SlidingLayer], *, owner: object, can_crop: bool = True) -> None:
+        """`owner` is a weak reference to the model; `can_crop` whether generate() may take decoded tokens back."""
         super().__init__(layers=list(layers))
+        self.layers: list[Any]
         self.owner = owner
         self._can_crop = can_crop
         self.phase = "prefill"
         self.compact: bool | None = None
         self.rows: RowState | None = None
+        self.drafting = False
 
     @property
     def is_empty(self) -> bool:
@@ -332,12 +285,12 @@ class ImdcCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the next forward call reads a prompt."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.phase, self.rows, self.width, self.compact = "prefill", None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

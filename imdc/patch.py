@@ -17,15 +17,17 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from imdc.attention import unregister_all
+from imdc.calls import check_generate, refuse_continuous_batching
 from imdc.config import PrefillConfig, resolve_config
-from imdc.engine import Engine, OnStep
+from imdc.engine import Engine
 from imdc.errors import CacheMismatchError, UnsupportedCallError, UnsupportedModelError
 from imdc.families import Parts
 from imdc.memory import ImdcCache
+from imdc.reader import OnStep
 from imdc.report import PrefillReport
 
 _MARK = "_imdc_handle"
-_SWAPPED = ("forward", "_prepare_cache_for_generation")
+_SWAPPED = ("forward", "_prepare_cache_for_generation", "init_continuous_batching")
 
 _lock = threading.Lock()
 _live = 0
@@ -69,7 +71,8 @@ class PatchHandle:
     """
 
     def __init__(self, parts: Parts, config: PrefillConfig, on_step: OnStep | None) -> None:
-        model = parts.model
+        """Made by `patch`."""
+        model: Any = parts.model
         self.config = config
         self.report: PrefillReport | None = None
         self._parts = parts
@@ -103,7 +106,8 @@ class PatchHandle:
             return self._prepare(generation_config, model_kwargs, mode, *args, **kw)
 
         with _lock:
-            model.__dict__.update({_MARK: self, "forward": forward, "_prepare_cache_for_generation": prepare})
+            swapped = (forward, prepare, refuse_continuous_batching)
+            model.__dict__.update({_MARK: self, **dict(zip(_SWAPPED, swapped, strict=True))})
             _live += 1
         self._active = True
 
@@ -154,36 +158,22 @@ class PatchHandle:
     ) -> None:
         """Check a generate() call and give it an imdc cache, before anything else happens."""
         self._check_mode()
-        refused = {
-            "use_cache": (generation_config.use_cache is False, "the memory is a KV cache; leave use_cache=True"),
-            "output_attentions": (
-                generation_config.output_attentions,
-                "no attention matrix is ever built; leave it off",
-            ),
-            "output_hidden_states": (
-                generation_config.output_hidden_states,
-                "only the last chunk's exist; leave it off",
-            ),
-            "prefill_chunk_size": (
-                generation_config.prefill_chunk_size is not None,
-                "imdc chunks the prompt itself; set chunk_tokens in imdc.patch()",
-            ),
-            "cache_implementation": (
-                generation_config.cache_implementation not in (None, "dynamic"),
-                "imdc brings its own cache; leave cache_implementation unset",
-            ),
-        }
-        for name, (wrong, remedy) in refused.items():
-            if wrong:
-                raise UnsupportedCallError(f"{name}={getattr(generation_config, name)!r} is not supported: {remedy}")
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedCallError("inputs_embeds is not supported: observers re-read token ids; pass input_ids")
+        check_generate(generation_config, model_kwargs, self._parts.model.generation_config)
+        drafting = bool(generation_config.is_assistant)
+        if drafting and self.config.decode_tokens is not None:
+            raise UnsupportedCallError(
+                f"decode_tokens={self.config.decode_tokens} compresses tokens that an assistant model must be able to "
+                f"take back; patch the assistant without decode_tokens"
+            )
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             cache = model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(cache)
-        cache.phase = "prefill"
-        cache.record_past(mode == GenerationMode.ASSISTED_GENERATION)
+        # An assistant goes on drafting from its cache; any other call begins a turn.
+        if cache.is_empty or not drafting:
+            cache.phase = "prefill"
+        cache.drafting = drafting
+        cache.record_past(drafting or mode == GenerationMode.ASSISTED_GENERATION)
 
     def _check_mode(self) -> None:
         if self._parts.model.training:
@@ -230,7 +220,8 @@ class PatchHandle:
         as_tuple = named.pop("return_dict", None) is False
         for name in ("past_key_values", "position_ids", "use_cache"):
             named.pop(name, None)
-        extra = min(keep - 1, input_ids.shape[1] - 1)
+        # If none of its drafts is accepted, an assistant must take back the last prompt token too.
+        extra = min(max(keep - 1, int(cache.drafting)), input_ids.shape[1] - 1)
         prompt, candidates = input_ids[:, : input_ids.shape[1] - extra], input_ids[:, input_ids.shape[1] - extra :]
         if mask is not None and extra:
             mask = mask[:, : mask.shape[1] - extra]
@@ -239,7 +230,7 @@ class PatchHandle:
         if extra:
             inputs = {**named, "input_ids": candidates, "past_key_values": cache, "use_cache": True}
             rest = self._forward(**self._decode_inputs(cache, {**inputs, "return_dict": True}))
-            rest.logits = torch.cat((output.logits, rest.logits), dim=1)
+            rest.logits = torch.cat((output.logits, rest.logits), dim=1)[:, -keep:]
             output = rest
         return (output.to_tuple() if as_tuple else output), report
 

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from imdc import __version__
 from imdc.errors import CacheMismatchError, UnsupportedCallError
 from imdc.families import Parts
-from imdc.memory import ImdcCache, MemoryLayer, RowState
+from imdc.memory import ImdcCache, MemoryLayer
+from imdc.rows import RowState
 
 # Raise it when a file written by one version cannot be read by the other.
 _FORMAT = 1
@@ -161,7 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _facts(parts: Parts) -> dict[str, Any]:
     """What two models must share so that one can use the other's cache, in the types that JSON gives back."""
     config = parts.config
-    attention: Any = parts.decoder.layers[0].self_attn  # type: ignore[union-attr, index]
+    attention: Any = parts.decoder.layers[0].self_attn
     quantization = getattr(parts.model.config, "quantization_config", None)
     facts = {
         "model_type": config.model_type,

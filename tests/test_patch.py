@@ -205,3 +205,11 @@ def test_importing_imdc_changes_nothing_and_needs_no_torch() -> None:
     code = "import sys, imdc; imdc.PrefillConfig(); assert 'torch' not in sys.modules and 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
                    check=True, cwd="/")  # fmt: skip
+
+
+def test_public_names_stay_functions_whatever_is_imported_first() -> None:
+    code = (
+        "import imdc.plan, imdc.patch, imdc.explain, imdc; from imdc.plan import Plan; from imdc.patch import PatchHandle;"
+        "assert all(callable(f) for f in (imdc.plan, imdc.patch, imdc.explain)); assert imdc.Plan is Plan"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

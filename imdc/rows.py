@@ -1,0 +1,59 @@
+"""The rows of a batch apart: each prompt is read alone, with its own memory and its own positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Row:
+    """The KV memory of one prompt row, per layer, while it is read and between turns.
+
+    Attributes:
+        keys: per layer [1, Hkv, n, D]. With compact positions the keys of a row that is being read are canonical
+            (not rotated), those of a finished row are rotated.
+        values: as `keys`.
+        tokens: tokens seen so far, padding not counted.
+        position: rotary position of the next token.
+    """
+
+    keys: list[Tensor | None]
+    values: list[Tensor | None]
+    tokens: int = 0
+    position: int = 0
+
+    @classmethod
+    def empty(cls, layers: int) -> Row:
+        """A row that has read nothing."""
+        return cls([None] * layers, [None] * layers)
+
+    def stored(self, layer: int) -> int:
+        """KV pairs stored per KV head in `layer`."""
+        keys = self.keys[layer]
+        return 0 if keys is None else keys.shape[2]
+
+    def nbytes(self) -> int:
+        """Bytes of all stored keys and values."""
+        return sum(x.nbytes for x in (*self.keys, *self.values) if x is not None)
+
+
+@dataclass(slots=True)
+class RowState:
+    """What is kept per row beside its keys and values; all tensors are int64 [B] on the CPU.
+
+    Attributes:
+        tokens: tokens seen by the prefill, padding not counted.
+        position: rotary position that follows the prefill.
+        padding: unused slots at the front of the full-attention layers of shorter rows.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    padding: Tensor
+
+    def select(self, index: Tensor) -> RowState:
+        """The rows `index`, in that order."""
+        index = index.cpu()
+        return RowState(self.tokens[index], self.position[index], self.padding[index])
