@@ -16,9 +16,9 @@ from imdc.backends import Backend, choose, traits_of
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.families import Parts
+from imdc.fit import fit_chunk, limit_bytes
 from imdc.memory import ImdcCache
 from imdc.modelshape import ModelShape
-from imdc.plan import fit_chunk, limit_bytes
 from imdc.reader import OnStep, Reader
 from imdc.report import PrefillReport
 from imdc.rows import Row
