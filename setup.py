@@ -36,7 +36,7 @@ setup(
         "einops>=0.8",
         "rich>=13",
         "torch>=2.6",
-        "transformers>=5.0",
+        "transformers>=5.6",
     ],
     extras_require={
         "demo": ["gguf>=0.10", "safetensors>=0.4"],
