@@ -46,7 +46,7 @@ class DispatchAllocations(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Nothing is counted before the mode is entered."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bytes: dict[int, int] = {}
         self._current = 0
         self._peak = 0
@@ -98,7 +98,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 class CudaAllocations:

@@ -38,7 +38,8 @@ class MeasuredStep:
     Attributes:
         step: chunk and memory, as planned.
         peak_bytes: highest number of bytes alive.
-        held_bytes: bytes alive when the step ended.
+        held_bytes: bytes alive when the step ended: memory, and the workspace for the next one.
+        kv_bytes: bytes of the memory of all layers when the step ended.
         layer_peaks: the peak inside each decoder layer; what comes before the first counts to it.
         predicted: what `imdc.footprint` says.
         reserved_bytes: peak of what CUDA's caching allocator holds in all; None on the CPU.
@@ -49,6 +50,7 @@ class MeasuredStep:
     step: Step
     peak_bytes: int
     held_bytes: int
+    kv_bytes: int
     layer_peaks: tuple[int, ...]
     predicted: StepFootprint
     reserved_bytes: int | None
@@ -158,13 +160,13 @@ def measure(
             reports.clear()
             measured.clear()
         reports.append(report)
-        measured.append(meter.take())
+        measured.append({"kv_bytes": report.kv_bytes, **meter.take()})
         if on_step is not None:
             on_step(report)
 
     with patch(model, config, on_step=after_step) as handle, meter:
         cache = handle.new_cache()
-        model(input_ids, past_key_values=cache, logits_to_keep=1)  # type: ignore[operator]
+        model(input_ids, past_key_values=cache, logits_to_keep=1)
     assert handle.report is not None, "the prefill has run"
     steps = [
         Step(
@@ -196,11 +198,12 @@ def measure_unpatched(model: PreTrainedModel, input_ids: Tensor) -> MeasuredPref
     _check(input_ids)
     meter = _Meter(model)
     with torch.no_grad(), meter:
-        output = model(input_ids, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+        output = model(input_ids, use_cache=True, logits_to_keep=1)
         values = meter.take()
         del output
     shape = ModelShape.from_model(model)
     tokens = input_ids.shape[1]
+    values["kv_bytes"] = predict_unpatched(shape, tokens).memory
     step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, tokens), **values)
     own: str = model.config._attn_implementation
     return MeasuredPrefill(UNPATCHED, tokens, own, None, shape.weights, (step,))
@@ -215,8 +218,9 @@ class _Meter:
     """Reads the allocation counter at the end of every layer and step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment, union-attr]
-        self.layers: nn.ModuleList = Parts.of(model).decoder.layers  # type: ignore[assignment]
+        decoder: Any = Parts.of(model).decoder
+        self.device: torch.device = decoder.get_input_embeddings().weight.device
+        self.layers: nn.ModuleList = decoder.layers
         self.counter: Allocations = allocations_of(self.device)
         self._layer_peaks: list[int] = []
         self._resident = 0

@@ -240,7 +240,7 @@ def test_a_very_long_prompt_is_planned_at_once() -> None:
 )
 def test_bad_counts(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_steps(config=PrefillConfig(), **arguments)
+        build_steps(config=PrefillConfig(), **arguments)  # type: ignore[arg-type]
 
 
 def test_auto_chunks_must_be_resolved_first() -> None:

@@ -1,0 +1,53 @@
+"""The picture of `imdc profile --plot`: measured and predicted peak over the prompt, one line per schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from imdc.errors import ConfigError
+from imdc.units import MIB
+
+if TYPE_CHECKING:
+    from imdc.profiler import MeasuredPrefill
+
+
+def require_matplotlib() -> None:
+    """Refuse before anything was measured.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+
+
+def draw(prefills: Sequence[MeasuredPrefill], path: str) -> None:
+    """Write the picture to `path`; its ending chooses the format.
+
+    Raises:
+        ConfigError: matplotlib does not know the ending, or the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for prefill in prefills:
+        tokens = [measured.step.start + measured.step.chunk_tokens for measured in prefill.steps]
+        peaks = [measured.peak_bytes / MIB for measured in prefill.steps]
+        predicted = [measured.predicted.above_weights / MIB for measured in prefill.steps]
+        (line,) = axes.plot(tokens, peaks, marker=".", label=f"{prefill.name}, measured")
+        axes.plot(tokens, predicted, linestyle="--", color=line.get_color(), label=f"{prefill.name}, predicted")
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("peak above the weights, MiB")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--plot {path!r} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)

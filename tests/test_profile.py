@@ -1,0 +1,287 @@
+"""Measuring: the allocation counter, the profiler, the command `imdc profile`, and its report page in a browser."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import Browser, find_chromium
+from tiny_models import FAMILIES
+from transformers import PreTrainedTokenizerBase
+
+import imdc.commands.profile as command
+from imdc.allocations import DispatchAllocations, peak_resident_bytes, reset_peak_resident, resident_bytes
+from imdc.cli import build_parser, main
+from imdc.commands.page import page
+from imdc.config import PrefillConfig
+from imdc.errors import UnsupportedCallError
+from imdc.fit import peak_bytes
+from imdc.modelshape import ModelShape
+from imdc.patch import patch
+from imdc.profiler import cuda_snapshot, measure, measure_unpatched
+from imdc.report import StepReport
+from imdc.units import MIB, format_bytes
+
+CONFIG = PrefillConfig(memory_tokens=128, chunk_tokens=100)
+
+
+def prompt(tokens: int) -> torch.Tensor:
+    return torch.randint(3, 128, (1, tokens))
+
+
+def test_counter_follows_storages_not_tensors() -> None:
+    outside = torch.zeros(1000)
+    with DispatchAllocations() as counter:
+        first = torch.empty(1000)
+        view = first[10:]
+        del first
+        assert counter.current() == 4000
+        second = view * 2
+        assert counter.current() == 4000 + 3960
+        del view
+        assert counter.current() == 3960
+        outside.add_(1)
+        outside.view(10, 100).t()
+        assert counter.current() == 3960
+        del second
+        assert counter.current() == 0
+        assert counter.take_peak() == 7960
+        assert counter.take_peak() == 0
+        inner = torch.nn.functional.silu(outside) * outside
+        assert counter.take_peak() == 8000
+        assert counter.current() == inner.nbytes
+
+
+def test_counter_survives_reused_addresses() -> None:
+    with DispatchAllocations() as counter:
+        for size in [10, 1000, 10, 500] * 25:
+            block = torch.empty(size)
+            assert counter.current() == block.nbytes
+            del block
+    gc.collect()
+    assert counter.current() == 0
+
+
+def test_resident_memory_sees_a_peak() -> None:
+    if resident_bytes() is None:
+        pytest.skip("/proc does not tell the resident memory here")
+    reset_peak_resident()
+    before = peak_resident_bytes()
+    block = torch.ones(64 * MIB // 4)
+    after = peak_resident_bytes()
+    assert before is not None and after is not None
+    assert after - before > 0.8 * block.nbytes
+
+
+def test_measure_reports_every_step_and_layer() -> None:
+    model = FAMILIES["llama"]()
+    seen: list[StepReport] = []
+    measured = measure(model, prompt(1000), CONFIG, on_step=seen.append)
+    assert [step.step.chunk_tokens for step in measured.steps] == [report.chunk_tokens for report in seen]
+    assert sum(step.step.chunk_tokens for step in measured.steps) == measured.prompt_tokens == 1000
+    for step, report in zip(measured.steps, seen, strict=True):
+        assert len(step.layer_peaks) == 3
+        assert step.peak_bytes >= max(step.layer_peaks)
+        assert step.kv_bytes == report.kv_bytes == step.step.memory_after * 3 * 2 * 2 * 16 * 4
+        assert step.kv_bytes < step.held_bytes < step.peak_bytes
+        assert step.seconds > 0
+    assert measured.peak_bytes == max(step.peak_bytes for step in measured.steps)
+    assert measured.reserved_bytes is None
+
+
+def test_measure_leaves_the_model_as_it_was() -> None:
+    model = FAMILIES["qwen3"]()
+    before = dict(model.__dict__)
+    hooks = [dict(layer._forward_hooks) for layer in model.model.layers]
+    measure(model, prompt(300), CONFIG)
+    measure_unpatched(model, prompt(300))
+    with pytest.raises(RuntimeError, match="stop here"):
+        measure(model, prompt(1000), CONFIG, on_step=_stop)
+    assert model.__dict__ == before
+    assert [dict(layer._forward_hooks) for layer in model.model.layers] == hooks
+
+
+def _stop(report: StepReport) -> None:
+    raise RuntimeError("stop here")
+
+
+def test_counting_changes_no_logits() -> None:
+    model, ids = FAMILIES["llama"](), prompt(600)
+    with patch(model, CONFIG) as handle:
+        plain = model(ids, past_key_values=handle.new_cache(), logits_to_keep=1).logits
+        with DispatchAllocations():
+            counted = model(ids, past_key_values=handle.new_cache(), logits_to_keep=1).logits
+    assert torch.equal(plain, counted)
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(2, 5, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)])
+def test_measure_takes_one_row(ids: torch.Tensor) -> None:
+    with pytest.raises(UnsupportedCallError, match=r"pass one row \[1, N\]"):
+        measure(FAMILIES["llama"](), ids, CONFIG)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_snapshot_needs_cuda() -> None:
+    with pytest.raises(UnsupportedCallError, match="needs a CUDA device"), cuda_snapshot("out.pickle"):
+        pass
+
+
+@pytest.fixture(scope="module")
+def model_folder(byte_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model on disk, as `imdc profile` loads it."""
+    folder = tmp_path_factory.mktemp("model")
+    FAMILIES["llama"](vocab_size=320).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+SIZES = ("--memory-tokens", "128", "--chunk-tokens", "100")
+
+
+def test_command_compares_schedules_in_one_run(model_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [model_folder, "--prompt-tokens", "1k", "--compare", "full,fm,im,imdc,unpatched", *SIZES]
+    assert main(["profile", *arguments, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["prompt_tokens"] == 1000
+    peaks = {prefill["name"]: prefill["peak_bytes"] for prefill in values["prefills"]}
+    assert list(peaks) == ["full", "fm", "im", "imdc", "unpatched"]
+    assert max(peaks["imdc"], peaks["im"], peaks["fm"]) < peaks["full"] < peaks["unpatched"]
+    assert all(abs(prefill["error"]) < 0.05 for prefill in values["prefills"])
+    assert main(["profile", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "below fm's" in printed
+    assert "predicted saving of imdc over fm with this chunk size: " in printed
+
+
+def test_command_reads_the_beginning_of_a_file(model_folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("All the world's a stage. " * 40, encoding="utf-8")
+    parse = build_parser().parse_args
+    whole = command.compute(parse(["profile", model_folder, "--file", str(path), *SIZES]))
+    assert whole.prompt_tokens == 1000
+    part = command.compute(parse(["profile", model_folder, "--file", str(path), "--prompt-tokens", "300", *SIZES]))
+    assert part.prompt_tokens == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --prompt-tokens N, --file FILE, or both"),
+        (("--prompt-tokens", "0"), "must be greater than zero"),
+        (("--prompt-tokens", "1k", "--compare", "fm,imcd"), "got 'imcd'. Did you mean 'imdc'?"),
+        (("--prompt-tokens", "1k", "--snapshot", "out.pickle", "--device", "cpu"), "--snapshot needs a CUDA device"),
+        (("--prompt-tokens", "1k", "--html", "/no/such/folder/report.html"), "its folder does not exist"),
+        (("--file", "/no/such/file.txt"), "cannot read '/no/such/file.txt': no such file"),
+        (("--prompt-tokens", "1k", "--memory-tokens", "8"), "raise memory_tokens to at least 36"),
+    ],
+)
+def test_command_refuses_bad_input(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", "/no/such/model", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_refuses_a_file_that_is_too_short(
+    model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("Brevity.", encoding="utf-8")
+    assert main(["profile", model_folder, "--file", str(path), "--prompt-tokens", "1k"]) == 2
+    assert "--file holds 8 tokens, fewer than --prompt-tokens 1,000" in capsys.readouterr().err
+
+
+def test_command_draws_a_picture(model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "out.png"
+    assert main(["profile", model_folder, "--prompt-tokens", "500", *SIZES, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+
+
+def test_predicted_savings_are_those_of_the_planner() -> None:
+    shape = ModelShape.from_model(FAMILIES["llama"]())
+    savings = command.predicted_savings(shape, 10_000, CONFIG, "cpu")
+    assert list(savings) == list(command.RATIOS)
+    config = replace(CONFIG, memory_tokens=180)
+    fm = peak_bytes(shape, 10_000, replace(config, schedule="fm"), "cpu") - shape.weights
+    imdc = peak_bytes(shape, 10_000, config, "cpu") - shape.weights
+    assert savings[1.8] == pytest.approx(1 - imdc / fm)
+    assert list(command.predicted_savings(shape, 150, CONFIG, "cpu")) == [0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A report page of three schedules, and the values in it."""
+    model, ids = FAMILIES["llama"](), prompt(1000)
+    prefills = tuple(measure(model, ids, replace(CONFIG, schedule=name)) for name in ("imdc", "fm", "full"))
+    shape = ModelShape.from_model(model)
+    # A name that would break out of the page if it were not escaped.
+    outcome = command.Outcome("</script><b>x", "cpu", shape, 1000, prefills, {1.8: 0.233})
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(page(outcome.as_json()), encoding="utf-8")
+    return path, outcome.as_json()
+
+
+def test_page_stands_alone(report: tuple[Path, dict[str, Any]]) -> None:
+    text = report[0].read_text(encoding="utf-8")
+    # The one address in the page names the SVG namespace; nothing is fetched from it.
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"(?!data:)", text)
+
+
+@pytest.fixture(params=[(1100, 900, False), (390, 800, True)], ids=["desk", "phone"])
+def browser(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Browser]:
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    width, height, dark = request.param
+    opened = Browser(executable, tmp_path / "profile", width, height, dark)
+    yield opened
+    opened.close()
+
+
+def test_page_in_a_browser(browser: Browser, report: tuple[Path, dict[str, Any]]) -> None:
+    path, values = report
+    browser.open(path)
+    prefills = values["prefills"]
+
+    def shown() -> tuple[str, str, int]:
+        return (
+            browser.evaluate("document.querySelector('[aria-selected=true]').textContent"),
+            browser.evaluate("document.getElementById('measured').textContent"),
+            browser.evaluate("document.querySelectorAll('#bytes rect.memory').length"),
+        )
+
+    def expected(index: int) -> tuple[str, str, int]:
+        prefill = prefills[index]
+        return prefill["name"], format_bytes(prefill["peak_bytes"]), len(prefill["steps"])
+
+    assert shown() == expected(0)
+    assert browser.evaluate("document.querySelector('h1').textContent") == "</script><b>x: 1,000 tokens"
+    for index in (1, 2):
+        browser.move(f"document.querySelectorAll('[role=tab]')[{index}]", click=True)
+        assert shown() == expected(index)
+    assert len({prefill["peak_bytes"] for prefill in prefills}) == 3
+
+    browser.move("document.getElementById('bytes')", across=0.99)
+    last = prefills[2]["steps"][-1]
+    tip = browser.evaluate("document.getElementById('tip').textContent")
+    assert tip.startswith(f"step {len(prefills[2]['steps'])}: ")
+    assert f"measured  {format_bytes(last['peak_bytes'])}" in tip
+    browser.move("document.getElementById('heat')", across=0.01)
+    assert "layer 2" in browser.evaluate("document.getElementById('tip').textContent")
+
+    # Nothing sticks out to the side, and dark mode changes the ground.
+    assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    dark = browser.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
+    assert browser.errors == []
