@@ -151,8 +151,12 @@ def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: in
     ranked = scores.clone()
     ranked[..., :sink_tokens] = float("inf")
     ranked[..., total - recent_tokens :] = float("inf")
-    best = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :keep]
-    return torch.sort(best, dim=-1).values
+    # A threshold and its ties instead of a sort: several times faster, and ascending by itself.
+    least = ranked.kthvalue(total - keep + 1, dim=-1, keepdim=True).values
+    above, ties = ranked > least, ranked == least
+    room = keep - above.sum(dim=-1, keepdim=True)
+    chosen = above | (ties & (ties.cumsum(dim=-1) <= room))
+    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], keep)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

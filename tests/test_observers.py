@@ -130,3 +130,15 @@ def test_scoring_llama_8b_shapes_needs_no_temporary_above_64_mib(rows: int) -> N
         mass = reference.key_mass(q, k, lse, scale=dim**-0.5, rows=rows, pool_kernel=15)
     assert mass.shape == (1, kv_heads, memory + chunk)
     assert 0 < seen.bytes <= 64 * 2**20
+
+
+@pytest.mark.parametrize("keep", [1, 6, 40, 99, 100])
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_select_equals_a_stable_sort(keep: int, levels: int) -> None:
+    scores = torch.randint(0, levels, (2, 3, 100), generator=torch.Generator().manual_seed(keep)).float()
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
+    assert torch.equal(reference.select(scores, keep), best)
+    if keep >= 6:
+        forced = reference.select(scores, keep, sink_tokens=4, recent_tokens=2)
+        assert torch.equal(forced[..., :4], torch.arange(4).expand(2, 3, 4))
+        assert torch.equal(forced[..., -2:], torch.arange(98, 100).expand(2, 3, 2))
