@@ -34,7 +34,7 @@ def _visible(first_row: int, rows: int, queries: int, keys: int, window: int | N
 
 
 def _block_logits(rows: Tensor, keys: Tensor, visible: Tensor, *, scale: float, softcap: float | None) -> Tensor:
-    """Masked float32 logits [B, G, R, T] of the query rows [B, G, R, D] against one KV head's float32 keys [B, T, D]."""
+    """Masked float32 logits [B, G, R, T] of query rows [B, G, R, D] and one KV head's float32 keys [B, T, D]."""
     logits = torch.matmul(rows.float(), keys[:, None].transpose(2, 3)).mul_(scale)
     if softcap is not None:
         logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
