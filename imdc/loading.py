@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -159,7 +158,7 @@ def _cache_name(path: Path) -> str:
 
 def _write_dequantised(path: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise LoadError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.10'")
+        raise LoadError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.17'")
 
     import torch
     import transformers
@@ -178,12 +177,10 @@ def _write_dequantised(path: Path, folder: Path) -> None:
 def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with the special tokens its metadata names.
 
-    transformers 5.0 to 5.4 turn a byte-level BPE vocabulary of a Llama-architecture file into a CodeLlamaTokenizer:
-    it ends texts at the wrong token, adds five tokens past the embedding and loses its pre-tokenizer when it is saved
-    and loaded. Its inner tokenizer is right, so that one is kept and wrapped anew.
+    transformers 5.6 takes the token that begins a text for the one that ends it (5.23 no longer does), so the special
+    tokens of a byte-level BPE vocabulary are set from the file itself.
     """
     from gguf import GGUFReader
-    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     converted = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -196,17 +193,13 @@ def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if value("model") != "gpt2":
         return converted
     tokens: list[str] = value("tokens")
-    inner = json.loads(converted.backend_tokenizer.to_str())
-    inner["added_tokens"] = [token for token in inner["added_tokens"] if token["id"] < len(tokens)]
     special = {
         f"{role}_token": tokens[index]
         for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if (index := value(f"{name}_token_id")) is not None
     }
-    if not value("add_bos_token"):
-        inner["post_processor"] = None
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(inner)), chat_template=converted.chat_template, **special
+        tokenizer_object=converted.backend_tokenizer, chat_template=converted.chat_template, **special
     )
 
 
