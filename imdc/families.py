@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from imdc.errors import UnsupportedModelError, did_you_mean
-from imdc.memory import MemoryLayer
-from imdc.sliding import SlidingLayer
+from imdc.layers import MemoryLayer, SlidingLayer
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class PatchHandle:
             named["logits_to_keep"] = named["input_ids"].shape[1]
             named["attention_mask"] = None
             return self._read(self._quiet_engine, cache, named)[0]
-        return self._forward(**self._decode_inputs(cache, named))
+        return self._decode(cache, named)
 
     def _read(self, engine: Engine, cache: ImdcCache, named: dict[str, Any]) -> tuple[Any, PrefillReport]:
         """Prefill, then decode the tokens of which the caller wants logits too (assisted decoding's candidates)."""
@@ -229,10 +229,14 @@ class PatchHandle:
         cache.phase = "decode"
         if extra:
             inputs = {**named, "input_ids": candidates, "past_key_values": cache, "use_cache": True}
-            rest = self._forward(**self._decode_inputs(cache, {**inputs, "return_dict": True}))
+            rest = self._decode(cache, {**inputs, "return_dict": True})
             rest.logits = torch.cat((output.logits, rest.logits), dim=1)[:, -keep:]
             output = rest
         return (output.to_tuple() if as_tuple else output), report
+
+    def _decode(self, cache: ImdcCache, named: dict[str, Any]) -> Any:
+        with cache.appending():
+            return self._forward(**self._decode_inputs(cache, named))
 
     def _decode_inputs(self, cache: ImdcCache, named: dict[str, Any]) -> dict[str, Any]:
         """Positions and masks that fit what is stored; the caller's speak of the whole sequence."""

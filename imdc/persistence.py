@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from imdc import __version__
 from imdc.errors import CacheMismatchError, UnsupportedCallError
 from imdc.families import Parts
-from imdc.memory import ImdcCache, MemoryLayer
+from imdc.layers import MemoryLayer
+from imdc.memory import ImdcCache
 from imdc.rows import RowState
 
 # Raise it when a file written by one version cannot be read by the other.
@@ -226,7 +227,7 @@ def _compare(path: Path, state: dict[str, Any], parts: Parts) -> None:
 
 def _device(parts: Parts, number: int) -> torch.device:
     """Where layer `number` computes."""
-    layer: Any = parts.decoder.layers[number]  # type: ignore[index]
+    layer: Any = parts.decoder.layers[number]
     hook: Any = getattr(layer, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:
         return torch.device(hook.execution_device)

@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, greedy
 import imdc
 import imdc.errors
 from imdc.attention import ALL_ATTENTION_FUNCTIONS
-from imdc.memory import MemoryLayer
+from imdc.layers import MemoryLayer
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 48}
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}
