@@ -128,7 +128,9 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     chosen = 0
     if work.drops and layers.window is None:
         yield Phase("scoring", states, output, _scoring(work))
-        chosen = 8 * shape.kv_heads * (work.step.attended_tokens + layers.after)
+        # Scores, and the kept indices: the reference's are a column of three.
+        index = 8 if work.backend in ("triton", "flash") else 24
+        chosen = shape.kv_heads * (4 * work.step.attended_tokens + index * layers.after)
     yield Phase("compaction", states, output, chosen, layer_memory="both")
     yield Phase("output", states + unit * (hidden + queries), unit * queries, layer_memory="after")
     yield Phase("mlp", unit * (inputs + hidden + _mlp_widths(shape)), layer_memory="after")
@@ -180,7 +182,8 @@ def _scoring(work: Work) -> int:
     """Bytes of the observer's temporaries, and of the selection after it."""
     shape, candidates = work.shape, work.step.attended_tokens
     total = candidates + work.tail
-    select = shape.kv_heads * (16 * candidates + max(4 * candidates, 16 * work.step.memory_after))
+    # Scores, their copy, masks, and either running counts of ties or the indices found.
+    select = shape.kv_heads * (11 * candidates + max(9 * candidates, 24 * work.step.memory_after))
     if work.config.observer == "key_diff":
         return max(select, 8 * candidates * shape.kv_heads * shape.head_dim)
     mass = 4 * shape.kv_heads * total
