@@ -22,8 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from imdc.backends import Backend
 from imdc.config import PrefillConfig
 from imdc.families import Parts
-from imdc.kernels.reference import rotate
-from imdc.observers import Observation, Observer
+from imdc.observers import Observation, Observer, observing_rows
 from imdc.rows import Row
 from imdc.schedule import Step
 
@@ -79,6 +78,7 @@ class StepRun:
         self.tail_rows, self.tail_gap = tail_rows, tail_gap
         self.config, self.backend, self.observer = config, backend, observer
         self.workspace, self.compact = workspace, compact
+        self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
@@ -94,15 +94,29 @@ class StepRun:
         tables = self._rotary(layer, stored, keys) if self.compact else None
         if tables is not None:
             cos, sin = tables
-            turned, q = rotate(keys, cos, sin), rotate(q, cos[stored:], sin[stored:])
-        out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
+            turned = self.backend.rotate(keys, cos, sin)
+            q = self.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
-        if window is not None:
-            kept = slice(max(0, candidates - window + 1), candidates)
-            self._store(layer, keys[:, :, kept].clone(), values[:, :, kept].clone())
-        elif self.step.memory_after >= candidates:
-            self._store(layer, keys[:, :, :candidates].clone(), values[:, :, :candidates].clone())
-        else:
+        drops = window is None and self.step.memory_after < candidates
+        if drops and self._votes is not None and self.backend.compress_step is not None:
+            out, kept_k, kept_v, _ = self.backend.compress_step(
+                q,
+                turned,
+                values,
+                scale=scale,
+                keep=self.step.memory_after,
+                rows=self._votes,
+                scored_keys=candidates,
+                sink_tokens=self.config.sink_tokens,
+                recent_tokens=self.config.recent_tokens,
+                pool_kernel=self.config.pool_kernel,
+                softcap=softcap,
+                kept_k=keys,
+            )
+            self._store(layer, kept_k, kept_v)
+            return out
+        out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
+        if drops:
             scores = self.observer(self._observation(layer, q, turned, lse, scale, softcap))
             chosen = self.backend.select(
                 scores,
@@ -111,6 +125,9 @@ class StepRun:
                 recent_tokens=self.config.recent_tokens,
             )
             self._store(layer, *self.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen))
+        else:
+            kept = slice(0 if window is None else max(0, candidates - window + 1), candidates)
+            self._store(layer, keys[:, :, kept].clone(), values[:, :, kept].clone())
         return out
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:

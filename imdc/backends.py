@@ -26,13 +26,18 @@ _TRITON_HEAD_SIZES = frozenset({16, 32, 64, 96, 128, 256})
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The four kernels of a step, with the signatures of `imdc.kernels.reference`."""
+    """The kernels of a step, with the signatures of `imdc.kernels.reference`.
+
+    `compress_step` is the first four in one call, for observers that score by attention mass, where a backend has it.
+    """
 
     name: str
     chunk_attention: Callable[..., tuple[Tensor, Tensor]]
     key_mass: Callable[..., Tensor]
     select: Callable[..., Tensor]
     compact: Callable[..., tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    compress_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,14 @@ class AttentionTraits:
     windowed: bool
 
 
-REFERENCE = Backend("reference", reference.chunk_attention, reference.key_mass, reference.select, reference.compact)
+REFERENCE = Backend(
+    "reference",
+    reference.chunk_attention,
+    reference.key_mass,
+    reference.select,
+    reference.compact,
+    reference.rotate,
+)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -121,15 +133,20 @@ SDPA = replace(REFERENCE, name="sdpa", chunk_attention=sdpa_attention)
 
 
 def _triton() -> Backend:
-    from imdc.kernels import chunk_attention, compact, key_mass, select
+    from imdc.kernels.chunk_attention import chunk_attention
+    from imdc.kernels.compact import compact
+    from imdc.kernels.compress_step import compress_step
+    from imdc.kernels.key_mass import key_mass
+    from imdc.kernels.rotate import rotate
+    from imdc.kernels.select import select
 
-    return Backend("triton", chunk_attention.chunk_attention, key_mass.key_mass, select.select, compact.compact)
+    return Backend("triton", chunk_attention, key_mass, select, compact, rotate, compress_step)
 
 
 def _flash() -> Backend:
     found = find_flash()
     assert found is not None, "_unmet() comes first"
-    return replace(_triton(), name="flash", chunk_attention=flash_attention(found[0]))
+    return replace(_triton(), name="flash", chunk_attention=flash_attention(found[0]), compress_step=None)
 
 
 def _unmet(name: str, traits: AttentionTraits) -> str | None:

@@ -56,7 +56,20 @@ class Observation:
 Observer = Callable[[Observation], Tensor]
 
 
-def _mass(seen: Observation, rows: int) -> Tensor:
+def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
+    """How many of the last queries vote by their attention; None for observers that score without queries."""
+    if config.observer == "all_queries":
+        return chunk_tokens
+    if config.observer == "prompt_tail" and tail_rows:
+        return tail_rows
+    if config.observer in ("prompt_tail", "window"):
+        return min(config.observation_tokens, chunk_tokens)
+    return None
+
+
+def _mass(seen: Observation) -> Tensor:
+    rows = observing_rows(seen.config, seen.chunk_tokens, seen.tail_rows)
+    assert rows is not None, "only observers with queries ask for mass"
     return seen.backend.key_mass(
         seen.q,
         seen.k,
@@ -74,17 +87,17 @@ def prompt_tail(seen: Observation) -> Tensor:
 
     The last chunk holds those tokens itself, so there it is `window`.
     """
-    return _mass(seen, seen.tail_rows) if seen.tail_rows else window(seen)
+    return _mass(seen)
 
 
 def window(seen: Observation) -> Tensor:
     """The last tokens of the chunk vote (SnapKV, arXiv 2404.14469; TOVA, arXiv 2401.06104)."""
-    return _mass(seen, min(seen.config.observation_tokens, seen.chunk_tokens))
+    return _mass(seen)
 
 
 def all_queries(seen: Observation) -> Tensor:
     """Every token of the chunk votes (the IMDC paper; H2O, arXiv 2306.14048)."""
-    return _mass(seen, seen.chunk_tokens)
+    return _mass(seen)
 
 
 def sink_recent(seen: Observation) -> Tensor:
