@@ -79,6 +79,7 @@ class StepRun:
         self.config, self.backend, self.observer = config, backend, observer
         self.workspace, self.compact = workspace, compact
         self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
+        self._retained: dict[int, Tensor] = {}
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
@@ -99,7 +100,7 @@ class StepRun:
         candidates = stored + self.step.chunk_tokens
         drops = window is None and self.step.memory_after < candidates
         if drops and self._votes is not None and self.backend.compress_step is not None:
-            out, kept_k, kept_v, _ = self.backend.compress_step(
+            out, kept_k, kept_v, chosen = self.backend.compress_step(
                 q,
                 turned,
                 values,
@@ -114,6 +115,7 @@ class StepRun:
                 kept_k=keys,
             )
             self._store(layer, kept_k, kept_v)
+            self._count_retained(layer, chosen, stored)
             return out
         out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
         if drops:
@@ -125,6 +127,7 @@ class StepRun:
                 recent_tokens=self.config.recent_tokens,
             )
             self._store(layer, *self.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen))
+            self._count_retained(layer, chosen, stored)
         else:
             kept = slice(0 if window is None else max(0, candidates - window + 1), candidates)
             self._store(layer, keys[:, :, kept].clone(), values[:, :, kept].clone())
@@ -132,6 +135,20 @@ class StepRun:
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.row.keys[layer], self.row.values[layer] = keys, values
+
+    def _count_retained(self, layer: int, chosen: Tensor, stored: int) -> None:
+        if stored:
+            # Not read here: that would make the host wait for the device in every layer.
+            self._retained[layer] = (chosen < stored).sum() / (stored * chosen.shape[1])
+
+    def retention(self) -> tuple[float | None, ...]:
+        """Per layer the share of its memory that survived the step; see `imdc.report.StepReport`."""
+        known = {layer: float(share) for layer, share in self._retained.items()}
+        nothing_dropped = 1.0 if self.step.memory_before else None
+        return tuple(
+            known.get(layer, nothing_dropped) if window is None else None
+            for layer, window in enumerate(self.parts.windows)
+        )
 
     def _observation(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float | None

@@ -69,37 +69,41 @@ class Reader:
         output: Any = None
         for step, tail in zip(steps, tails, strict=True):
             began = time.perf_counter()
-            output = self._step(row, step, ids, tail, last=step is steps[-1], options=forward_options)
+            run = self._run(row, step, ids.numel(), tail)
+            output = self._step(run, ids, last=step is steps[-1], options=forward_options)
+            retention = run.retention()
             row.tokens += step.chunk_tokens
             row.position = step.memory_after if self.compact else row.position + step.chunk_tokens
-            self._report(row, step, len(steps), ids.numel(), number, time.perf_counter() - began)
+            self._report(row, step, len(steps), ids.numel(), number, time.perf_counter() - began, retention)
         if self.compact:
             self._turn(row, 1.0, row.position)
         self.finished_bytes += row.nbytes()
         return output
 
-    def _step(self, row: Row, step: Step, ids: Tensor, tail: int, *, last: bool, options: dict[str, Any]) -> Any:
-        chunk = ids[step.start : step.start + step.chunk_tokens]
-        if tail:
-            chunk = torch.cat((chunk, ids[-tail:]))
-        gap = self._tail_gap(step, ids.numel(), tail)
-        if self.compact:
-            positions = torch.zeros_like(chunk)
-        else:
-            positions = torch.arange(row.position, row.position + chunk.numel(), device=chunk.device)
-            positions[chunk.numel() - tail :] += gap
-        run = StepRun(
+    def _run(self, row: Row, step: Step, prompt_tokens: int, tail: int) -> StepRun:
+        return StepRun(
             self.parts,
             row,
             step,
             tail_rows=tail,
-            tail_gap=gap,
+            tail_gap=self._tail_gap(step, prompt_tokens, tail),
             config=self.config,
             backend=self.backend,
             observer=self.observer,
             workspace=self.workspace,
             compact=self.compact,
         )
+
+    def _step(self, run: StepRun, ids: Tensor, *, last: bool, options: dict[str, Any]) -> Any:
+        step, tail, start = run.step, run.tail_rows, run.row.position
+        chunk = ids[step.start : step.start + step.chunk_tokens]
+        if tail:
+            chunk = torch.cat((chunk, ids[-tail:]))
+        if self.compact:
+            positions = torch.zeros_like(chunk)
+        else:
+            positions = torch.arange(start, start + chunk.numel(), device=chunk.device)
+            positions[chunk.numel() - tail :] += run.tail_gap
         inputs = {
             "input_ids": chunk[None],
             "position_ids": positions[None],
@@ -162,7 +166,16 @@ class Reader:
             if tables is not None:
                 row.keys[layer] = rotate(keys.to(dtype), tables[0], sign * tables[1]).to(keys.dtype)
 
-    def _report(self, row: Row, step: Step, count: int, prompt_tokens: int, number: int, seconds: float) -> None:
+    def _report(
+        self,
+        row: Row,
+        step: Step,
+        count: int,
+        prompt_tokens: int,
+        number: int,
+        seconds: float,
+        retention: tuple[float | None, ...],
+    ) -> None:
         report = StepReport(
             row=number,
             index=step.index,
@@ -174,6 +187,7 @@ class Reader:
             memory_after=step.memory_after,
             seconds=seconds,
             kv_bytes=self.finished_bytes + row.nbytes(),
+            retention=retention,
         )
         self.reports.append(report)
         if self.on_step is not None:

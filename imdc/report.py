@@ -12,7 +12,11 @@ from imdc.config import PrefillConfig
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step of one prompt row: `chunk_tokens` read against `memory_before` KV pairs, `memory_after` kept."""
+    """One step of one prompt row: `chunk_tokens` read against `memory_before` KV pairs, `memory_after` kept.
+
+    `retention` holds per layer the share of the memory before the step, 0 to 1 and averaged over KV heads, that
+    survived it (the IMDC paper's retention ratio); None in sliding-window layers and where there was no memory yet.
+    """
 
     row: int
     index: int
@@ -24,6 +28,7 @@ class StepReport:
     memory_after: int
     seconds: float
     kv_bytes: int
+    retention: tuple[float | None, ...]
 
     @property
     def tokens_per_second(self) -> float:

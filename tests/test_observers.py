@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from imdc.kernels import reference
+from tiny_models import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import imdc
 from imdc.backends import REFERENCE, SDPA, Backend
 from imdc.config import PrefillConfig
 from imdc.observers import OBSERVERS, Observation, get_observer
@@ -142,3 +144,21 @@ def test_select_equals_a_stable_sort(keep: int, levels: int) -> None:
         forced = reference.select(scores, keep, sink_tokens=4, recent_tokens=2)
         assert torch.equal(forced[..., :4], torch.arange(4).expand(2, 3, 4))
         assert torch.equal(forced[..., -2:], torch.arange(98, 100).expand(2, 3, 2))
+
+
+def test_retention_is_the_share_of_memory_that_survives() -> None:
+    """With "sink_recent" it is known beforehand: the sinks, and what of the latest keys reaches back into memory."""
+    model = FAMILIES["gemma3"]()
+    ids = torch.randint(3, 128, (1, 400))
+    options = {"memory_tokens": 64, "chunk_tokens": 40, "sink_tokens": 2, "recent_tokens": 8, "observer": "sink_recent"}
+    with imdc.patch(model, **options) as handle:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
+        assert handle.report is not None
+    for step in handle.report.steps:
+        sliding, full, also_sliding = step.retention
+        assert sliding is None and also_sliding is None
+        if step.memory_before == 0:
+            assert full is None
+            continue
+        kept = 2 + max(0, step.memory_after - 2 - step.chunk_tokens)
+        assert full == pytest.approx(kept / step.memory_before)
