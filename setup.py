@@ -40,10 +40,10 @@ setup(
         "transformers>=5.6",
     ],
     extras_require={
-        "demo": ["gguf>=0.17"],
+        "demo": ["accelerate>=1.1", "gguf>=0.17"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "flash": ["flash-attn>=2.7"],
-        "bench": ["gguf>=0.17"],
+        "bench": ["accelerate>=1.1", "gguf>=0.17"],
         "plot": ["matplotlib>=3.8"],
         "dev": DEV,
     },

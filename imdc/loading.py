@@ -157,8 +157,9 @@ def _cache_name(path: Path) -> str:
 
 
 def _write_dequantised(path: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise LoadError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.17'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise LoadError(f"reading {path.name!r} needs the package {package}: pip install gguf accelerate")
 
     import torch
     import transformers

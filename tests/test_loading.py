@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_unknown_dtypes_are_named(tiny_model_dir: Path) -> None:
     for name in ("float31", "nn"):
         with pytest.raises(LoadError, match=f"dtype '{name}' is not a torch dtype"):
             load_model(tiny_model_dir, dtype=name)
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_missing_packages_are_named(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("IMDC_CACHE", str(tmp_path / "cache"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(LoadError, match=f"needs the package {package}: pip install gguf accelerate"):
+        load_model(tmp_path / "model.gguf")
 
 
 @needs_smollm2
