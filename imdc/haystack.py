@@ -47,17 +47,17 @@ class Haystack:
         return self.needle_token / self.prompt_tokens
 
 
-def number_needle(rng: random.Random) -> Needle:
+def number_needle(rng: random.Random, lead_in: str = "Using the text above, answer this question:") -> Needle:
     """A sentence that gives one person a secret five-digit number.
 
-    The word "Question" and a paragraph of its own for the sentence are for small models: without them SmolLM2 goes on
-    with the novel, even where it sees the whole text.
+    The words before the question (`lead_in`) and a paragraph of its own for the sentence are for small models: without
+    them SmolLM2 now and then goes on with the text, even where it sees all of it.
     """
     name = rng.choice(_NAMES)
     number = str(rng.randrange(10_000, 100_000))
     return Needle(
         sentence=f"The secret number of {name} is {number}.",
-        question=f"Question: What is the secret number of {name}?",
+        question=f"{lead_in} What is the secret number of {name}?",
         answer=number,
     )
 

@@ -99,7 +99,7 @@ def compute(args: argparse.Namespace) -> Outcome:
     haystack = build_haystack(
         tokenizer,
         reference_text(),
-        number_needle(random.Random(args.seed)),
+        number_needle(random.Random(args.seed), lead_in="Question:"),
         prompt_tokens=prompt_tokens,
         depth=args.depth,
     )
