@@ -1,0 +1,46 @@
+"""Sizes and GPU names as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from imdc.errors import ConfigError
+from imdc.hardware import find_gpu
+from imdc.units import format_bytes, parse_bytes, parse_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5MiB", 3 * 2**19), ("512b", 512), ("1_000kb", 10**6)],
+)
+def test_byte_sizes(text: str, amount: int) -> None:
+    assert parse_bytes(text) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("32768", 32768), ("128k", 128_000), ("128Ki", 131_072), ("1M", 10**6), ("1,024", 1024)]
+)
+def test_token_counts(text: str, count: int) -> None:
+    assert parse_tokens(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "5 GiB extra", "0GiB"])
+def test_sizes_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ConfigError, match="size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (15 * 2**30, "15.0 GiB"), (200 * 2**20, "200 MiB")],
+)
+def test_sizes_print_with_three_digits(amount: int, text: str) -> None:
+    assert format_bytes(amount) == text
+
+
+@pytest.mark.parametrize("name", ["H100", "h100", "RTX 4090", "nvidia-a100"])
+def test_gpus_go_by_the_names_people_use(name: str) -> None:
+    gpu = find_gpu(name)
+    assert gpu is not None and gpu.name in name.lower()
+    assert gpu.least_seconds(gpu.flops, 0) == pytest.approx(1.0)
+    assert gpu.least_seconds(0, 2 * gpu.bandwidth) == pytest.approx(2.0)
