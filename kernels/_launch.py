@@ -1,0 +1,270 @@
+"""What every Triton launcher shares: argument checks, the target's limits, configurations, and the launch itself.
+
+Nothing here asks Triton for its active driver, so importing needs no GPU, and the ahead-of-time compiler of
+`bench/kernel_resources.py` can plan the very launches that production makes.
+
+Configurations are a fixed table, not an autotuner: the first of a kernel's candidates that fits the target's shared
+memory is used. A prefill then never pauses to time variants, two runs launch the same code, and the spill test can
+compile everything that is ever launched.
+"""
+
+# mypy: disable-error-code="import-untyped"
+# Triton ships no types.
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Triton's own device functions are compiled or interpreted for good when Triton is first imported.
+INTERPRETED: bool = not isinstance(tl.sum, JITFunction)
+if not INTERPRETED and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes", "y"}:
+    raise ImportError(
+        "TRITON_INTERPRET was set after triton had been imported; set it before the first import of triton"
+    )
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The chip a launch is planned for: compute capability and shared memory per program, in bytes."""
+
+    major: int
+    minor: int
+    shared_bytes: int
+
+    @property
+    def copies_tensors(self) -> bool:
+        """Whether the chip has both the bulk tensor copy engine and shared memory enough to feed it."""
+        return self.major in (9, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Block sizes and resources of one kernel: `rows` x `columns` is the block one step of a program works on.
+
+    `descriptors` loads keys and values by the bulk tensor copy engine instead of one address per element.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, planned but not made: `arguments` is in the order of the kernel's signature."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile options; fused multiply-add is asked for because Triton's default for it changes between versions."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device` and its current stream, without waiting."""
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.kernel[self.grid](**self.arguments, **self.options)
+        else:
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+INTERPRETER = Target(major=0, minor=0, shared_bytes=2**30)
+
+# KiB of shared memory that one program can ask for (CUDA programming guide, table of compute capabilities); PyTorch
+# tells it only since 2.7. Chips of these generations that are not named have the least of them.
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+_LEAST_SHARED_KIB = 99
+
+
+def target(major: int, minor: int) -> Target:
+    """The target of a CUDA compute capability.
+
+    Raises:
+        ValueError: the chip is older than 8.0, which is the first with bfloat16 and asynchronous copies.
+    """
+    least = "must be at least 8.0; use the sdpa or reference backend"
+    require(major >= 8, "device.compute_capability", f"{major}.{minor}", least)
+    return Target(major, minor, 1024 * _SHARED_KIB.get((major, minor), _LEAST_SHARED_KIB))
+
+
+@cache
+def _cuda_target(index: int) -> Target:
+    return target(*torch.cuda.get_device_capability(index))
+
+
+def target_of(device: torch.device) -> Target:
+    """The target behind `device`: a CUDA device, or the interpreter where Triton runs on it."""
+    if INTERPRETED:
+        return INTERPRETER
+    return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def first_that_fits(candidates: Sequence[tuple[Config, int]], target: Target) -> Config:
+    """The first candidate whose shared memory, given in bytes beside it, fits the target.
+
+    Raises:
+        ValueError: not one of them fits.
+    """
+    for config, shared_bytes in candidates:
+        if shared_bytes <= target.shared_bytes:
+            return config
+    least = min(shared_bytes for _, shared_bytes in candidates)
+    raise ValueError(
+        f"device: compute capability {target.major}.{target.minor} offers {target.shared_bytes} bytes of shared "
+        f"memory and the smallest configuration takes {least}; use another backend on it"
+    )
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether `x` loads in whole vectors, or through a descriptor: it starts at 16 bytes, its strides are sixteens.
+
+    Triton knows of a stride only whether 16 divides it; otherwise it loads element by element.
+    """
+    strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    sixteens = all(stride % 16 == 0 and stride > 0 for size, stride in strides if size > 1)
+    return sixteens and x.stride(-1) == 1 and (x.device.type == "meta" or x.data_ptr() % 16 == 0)
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of the aligned tensor x [B, H, T, D] that loads blocks [1, 1, rows, columns].
+
+    What a block has beyond T or D reads as zero.
+    """
+    batch, heads, keys, dim = x.shape
+    # Dimensions of size one are never stepped over, and may carry any stride.
+    stride_t = x.stride(2) if keys > 1 else power_of_two(dim, least=16)
+    stride_h = x.stride(1) if heads > 1 else stride_t * keys
+    stride_b = x.stride(0) if batch > 1 else stride_h * heads
+    return TensorDescriptor(x, list(x.shape), [stride_b, stride_h, stride_t, 1], [1, 1, rows, columns])
+
+
+def strided(name: str, x: Tensor, strides: Sequence[str], passed: Any = None) -> dict[str, Any]:
+    """Kernel arguments of a tensor, in order: itself, or what is `passed` for it, and the strides so named."""
+    return {name: x if passed is None else passed, **dict(zip(strides, x.stride(), strict=False))}
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and at least `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def require(holds: bool, argument: str, value: object, rule: str) -> None:
+    """Raise a `ValueError` naming the argument, its value and the rule it breaks, unless the rule holds.
+
+    Raises:
+        ValueError: `holds` is false.
+    """
+    if not holds:
+        raise ValueError(f"{argument} = {value}: {rule}")
+
+
+def require_tensor(argument: str, x: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
+    """Check rank, sizes (None matches any), dtype, device, and that the last dimension is dense.
+
+    Raises:
+        ValueError: naming the argument, what it is and what it must be.
+    """
+    sizes = tuple(x.shape)
+    wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+    fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
+    require(fits, f"{argument}.shape", list(sizes), f"must be {wanted}")
+    require(x.dtype in dtypes, f"{argument}.dtype", x.dtype, f"must be one of {', '.join(map(str, dtypes))}")
+    dense = x.stride(-1) == 1 or x.shape[-1] <= 1
+    require(dense, f"{argument}.stride()", x.stride(), "the last dimension must have stride 1; call .contiguous()")
+    runs = INTERPRETED or x.device.type in ("cuda", "meta")
+    require(
+        runs,
+        f"{argument}.device",
+        x.device,
+        "Triton kernels need a CUDA device (or TRITON_INTERPRET=1 set before triton is imported); "
+        "on others use the sdpa or reference backend",
+    )
+
+
+def require_same_device(first: str, x: Tensor, second: str, y: Tensor) -> None:
+    """Check that two tensors live on one device.
+
+    Raises:
+        ValueError: naming both.
+    """
+    require(x.device == y.device, f"{second}.device", y.device, f"must be the device of {first}, {x.device}")
+
+
+def require_apart(first: str, x: Tensor, second: str, y: Tensor) -> None:
+    """Check that two tensors share no memory: parallel programs read one while others write the other.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if x.numel() == 0 or y.numel() == 0 or x.device.type == "meta":
+        return
+    (x_first, x_end), (y_first, y_end) = _byte_range(x), _byte_range(y)
+    apart = x_end <= y_first or y_end <= x_first
+    require(apart, second, f"bytes {y_first}..{y_end}", f"must not overlap {first}, bytes {x_first}..{x_end}")
+
+
+def _byte_range(x: Tensor) -> tuple[int, int]:
+    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
+
+
+def require_queries_and_keys(q: Tensor, k: Tensor) -> None:
+    """Check queries [B, Hq, Q, D] against keys [B, Hkv, T, D]: dtypes, devices, head counts, Q <= T, the head size.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+    require_tensor("q", q, (None, None, None, None), FLOATS)
+    batch, q_heads, queries, dim = q.shape
+    require_tensor("k", k, (batch, None, None, dim), (q.dtype,))
+    require_same_device("q", q, "k", k)
+    kv_heads, keys = k.shape[1], k.shape[2]
+    require(1 <= dim <= MAX_HEAD_SIZE, "q.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} are supported")
+    require(batch >= 1, "q.shape[0]", batch, "must be at least 1")
+    whole = kv_heads >= 1 and q_heads >= 1 and q_heads % kv_heads == 0
+    require(whole, "q.shape[1]", q_heads, f"must be a positive multiple of the {kv_heads} KV heads")
+    require(1 <= queries <= keys, "q.shape[2]", queries, f"must be 1..{keys}, the number of keys")
+
+
+def require_group(q: Tensor, k: Tensor, config: Config) -> int:
+    """The number of query heads per KV head, all of which a block of rows has to hold.
+
+    Raises:
+        ValueError: the group is larger than the block.
+    """
+    group = q.shape[1] // k.shape[1]
+    rule = f"at most {config.rows} query heads per KV head fit this dtype and device; use the sdpa or reference backend"
+    require(group <= config.rows, "q.shape[1]", q.shape[1], rule)
+    return group
+
+
+def require_logits(scale: float, softcap: float | None, window: int | None) -> None:
+    """Check what turns products of queries and keys into logits.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+    require(0.0 < scale < float("inf"), "scale", scale, "must be positive and finite")
+    capped = softcap is None or 0.0 < softcap < float("inf")
+    require(capped, "softcap", softcap, "must be positive and finite, or None for no cap")
+    require(window is None or window >= 1, "window", window, "must be at least 1, or None for no window")
