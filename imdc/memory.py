@@ -25,6 +25,8 @@ class ImdcCache(Cache):
         width: columns of the prompt seen so far, left padding included: what `get_seq_length` says.
         compact: whether the memory is numbered 0..m-1; None before the first prefill.
         rows: per-row state, None before the first prefill.
+        history: columns of all turns in an assisted call that goes on from a filled cache, until its first forward
+            call; None in others.
         drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
     """
 
@@ -37,6 +39,7 @@ class ImdcCache(Cache):
         self.phase = "prefill"
         self.compact: bool | None = None
         self.rows: RowState | None = None
+        self.history: int | None = None
         self.drafting = False
 
     @property

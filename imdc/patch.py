@@ -173,6 +173,10 @@ class PatchHandle:
         if cache.is_empty or not drafting:
             cache.phase = "prefill"
         cache.drafting = drafting
+        cache.history = None
+        if mode == GenerationMode.ASSISTED_GENERATION and not cache.is_empty:
+            mask = model_kwargs.get("attention_mask")
+            cache.history = generation_config._mask_length if mask is None else mask.shape[1]
         cache.record_past(drafting or mode == GenerationMode.ASSISTED_GENERATION)
 
     def _check_mode(self) -> None:
@@ -217,6 +221,10 @@ class PatchHandle:
         keep = named.pop("logits_to_keep", 1)
         if not isinstance(keep, int) or keep < 1:
             raise UnsupportedCallError(f"logits_to_keep={keep!r} asks for logits of the whole prompt; pass 1")
+        if cache.history is not None and input_ids.shape[1] - (keep - 1) == cache.history:
+            # Assisted decoding of transformers (5.6 to 5.23) passes what the cache holds once more.
+            input_ids = input_ids[:, cache.get_seq_length() :]
+        cache.history = None
         as_tuple = named.pop("return_dict", None) is False
         for name in ("past_key_values", "position_ids", "use_cache"):
             named.pop(name, None)
