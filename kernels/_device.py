@@ -36,7 +36,7 @@ def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def soft_capped(logits, softcap):
-    """softcap * tanh(logits / softcap).
+    """Logits bent into -softcap..softcap: softcap * tanh(logits / softcap).
 
     tanh x = 1 - 2 / (e^2x + 1) cancels near zero, where most logits lie; there its Taylor series takes over, whose
     first term left out is below 2^-24 of the whole.

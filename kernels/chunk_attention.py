@@ -1,0 +1,296 @@
+"""Attention of one chunk over memory | chunk, with the log-sum-exp that scoring needs.
+
+    out[i] = sum_j exp(s_ij - lse[i]) v[j],   lse[i] = log sum_j exp(s_ij),   s_ij = scale * q[i] . k[j]
+
+over the keys j that query i sees: j <= T - Q + i, and j > T - Q + i - window with a sliding window. One pass with
+the online softmax (Milakov and Gimelshein, arXiv 1805.02867; tiled as in FlashAttention-2, arXiv 2307.08691).
+
+A program owns BLOCK_M rows of one KV head. Its rows are (query, head of the group) pairs with the head running
+fastest, so one load of a key block serves the whole group and the causal diagonal cuts few blocks. Blocks that every
+row sees whole come first and are not masked; the diagonal's blocks follow. Programs with the most keys start first.
+
+Layouts and reference: `kernels/reference.py`, `chunk_attention`.
+"""
+
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Triton ships no types, and device code gets its types when it is compiled.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import LN2, LOG2E, rounded, soft_capped, widened
+from ._launch import (
+    INTERPRETED,
+    INTERPRETER,
+    Config,
+    Launch,
+    Target,
+    aligned,
+    descriptor,
+    first_that_fits,
+    power_of_two,
+    require_apart,
+    require_group,
+    require_logits,
+    require_queries_and_keys,
+    require_same_device,
+    require_tensor,
+    strided,
+    target_of,
+)
+
+
+@triton.jit
+def _attend_blocks(
+    b_acc, b_max, b_sum, b_q, i_b, i_h, k, stride_kt, v, stride_vt, o_position, start, end, scale, softcap, window,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK_FUTURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys start..end, in steps of BLOCK_N; `end` itself is exact only with MASK_FUTURE."""
+    for i_n in range(start, end, BLOCK_N):
+        i_n = tl.multiple_of(i_n, BLOCK_N)
+        o_n = tl.arange(0, BLOCK_N)
+        o_d = tl.arange(0, BLOCK_D)
+        if DESCRIPTORS:
+            b_k = tl.reshape(k.load([i_b, i_h, i_n, 0]), [BLOCK_N, BLOCK_D])
+            b_v = tl.reshape(v.load([i_b, i_h, i_n, 0]), [BLOCK_N, BLOCK_D])
+        else:
+            # The tile's corner is addressed in 64 bits as a scalar; inside the tile 32 bits suffice and save registers.
+            p_k = k + i_n * tl.cast(stride_kt, tl.int64) + o_n[:, None] * stride_kt + o_d[None, :]
+            p_v = v + i_n * tl.cast(stride_vt, tl.int64) + o_n[:, None] * stride_vt + o_d[None, :]
+            if MASK_FUTURE:
+                m_kv = (i_n + o_n < end)[:, None] & (o_d < D)[None, :]
+                b_k = tl.load(p_k, mask=m_kv, other=0.0)
+                b_v = tl.load(p_v, mask=m_kv, other=0.0)
+            elif D == BLOCK_D:
+                b_k = tl.load(p_k)
+                b_v = tl.load(p_v)
+            else:
+                b_k = tl.load(p_k, mask=(o_d < D)[None, :], other=0.0)
+                b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
+        b_s = tl.dot(b_q, tl.trans(widened(b_k, UPCAST)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if HAS_SOFTCAP:
+            b_s = soft_capped(b_s * scale, softcap)
+            factor = LOG2E
+        else:
+            factor = scale * LOG2E
+        if MASK_FUTURE:
+            b_s = tl.where(i_n + o_n[None, :] <= o_position[:, None], b_s, float("-inf"))
+        if HAS_WINDOW:
+            b_s = tl.where(i_n + o_n[None, :] > o_position[:, None] - window, b_s, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * factor)
+        b_base = b_new_max
+        if HAS_WINDOW:
+            # A row may see nothing of its first blocks, and exp2(-inf - -inf) is no number.
+            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_p = tl.exp2(b_s * factor - b_base[:, None])
+        b_scale = tl.exp2(b_max - b_base)
+        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+        b_acc = b_acc * b_scale[:, None]
+        b_p = rounded(b_p, b_v.dtype, UPCAST)
+        b_acc = tl.dot(b_p, widened(b_v, UPCAST), b_acc, input_precision="ieee")
+        b_max = b_new_max
+    return b_acc, b_max, b_sum
+
+
+# Lengths vary from step to step: specialising on them would compile the same kernel again and again.
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "queries", "keys", "kv_heads", "kv_rows"])
+def _chunk_attention_kernel(
+    q, stride_qb, stride_qh, stride_qq,
+    k, stride_kb, stride_kh, stride_kt,
+    v, stride_vb, stride_vh, stride_vt,
+    out, stride_ob, stride_oh, stride_oq,
+    lse, stride_lb, stride_lh,
+    scale, softcap, window, queries, keys, kv_heads, kv_rows,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    i_row = tl.program_id(0) % kv_rows
+    i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_rows  # the last queries see the most keys
+    i_b = tl.cast(i_row // kv_heads, tl.int64)
+    i_h = tl.cast(i_row % kv_heads, tl.int64)
+    first_query = i_m * QUERIES
+
+    # Rows are numbered from the block's corner: where they lie is then a constant of the thread, which keeps the
+    # addresses of the epilogue out of the registers of the loop.
+    o_m = tl.arange(0, BLOCK_M)
+    o_query = o_m // GROUP
+    o_head = tl.cast(o_m % GROUP, tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = (o_query < queries - first_query) & (o_m < QUERIES * GROUP)
+    m_q = m_m[:, None] & (o_d < D)[None, :]
+
+    q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
+    if not DESCRIPTORS:
+        k += i_b * stride_kb + i_h * stride_kh
+        v += i_b * stride_vb + i_h * stride_vh
+    out += i_b * stride_ob + i_h * GROUP * stride_oh + first_query * tl.cast(stride_oq, tl.int64)
+    lse += i_b * stride_lb + i_h * GROUP * stride_lh + first_query
+
+    p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
+    b_q = widened(tl.load(p_q, mask=m_q, other=0.0), UPCAST)
+
+    past = keys - queries  # query i sees keys 0..past + i
+    last_query = tl.minimum(first_query + QUERIES, queries) - 1
+    end = past + last_query + 1
+    whole = (past + first_query + 1) // BLOCK_N * BLOCK_N  # every row sees all keys below this
+    start = 0
+    if HAS_WINDOW:
+        start = tl.maximum(past + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
+    # Rows past the last query are not stored; held at its position they see some key and stay inside the buffer.
+    o_position = past + tl.minimum(first_query + o_query, last_query)
+
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for MASK_FUTURE in tl.static_range(2):
+        b_acc, b_max, b_sum = _attend_blocks(
+            b_acc, b_max, b_sum, b_q, i_row // kv_heads, i_row % kv_heads, k, stride_kt, v, stride_vt, o_position,
+            whole if MASK_FUTURE else start, end if MASK_FUTURE else whole, scale, softcap, window,
+            D=D, BLOCK_D=BLOCK_D, BLOCK_N=BLOCK_N, MASK_FUTURE=MASK_FUTURE,
+            HAS_SOFTCAP=HAS_SOFTCAP, HAS_WINDOW=HAS_WINDOW, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
+        )  # fmt: skip
+
+    p_out = out + (o_query * stride_oq + o_head * stride_oh)[:, None] + o_d[None, :]
+    tl.store(p_out, rounded(b_acc / b_sum[:, None], out.dtype.element_ty, UPCAST), mask=m_q)
+    p_lse = lse + o_query + o_head * stride_lh
+    tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
+
+
+def _candidates(q: Tensor, k: Tensor, v: Tensor, *, softcap: bool, target: Target) -> list[tuple[Config, int]]:
+    """Configurations to try in order, each with an upper bound of the shared memory it takes, in bytes.
+
+    None of them spills registers; `bench/kernel_resources.py` holds the table to that.
+    """
+    block_d = power_of_two(q.shape[3], least=16)
+    vectors = aligned(k) and aligned(v)
+    if target == INTERPRETER:
+        shapes = [Config(32, 32, num_warps=4, num_stages=1, descriptors=vectors)]
+    elif q.element_size() == 4:
+        shapes = [Config(32, 16, num_warps=8, num_stages=1)] if 64 < block_d <= 128 else [Config(16, 16, 8, 1)]
+    elif not vectors:
+        shapes = [Config(64 if block_d <= 128 else 32, 32, num_warps=8, num_stages=1)]
+    elif target.copies_tensors and block_d > 128:
+        rows = 64 if softcap and target.major == 9 else 128
+        shapes = [Config(rows, 64, num_warps=8, num_stages=2, descriptors=True)]
+    elif target.copies_tensors:
+        shapes = [Config(128, 128, num_warps=8, num_stages=2, descriptors=True)]
+    elif block_d > 128:
+        shapes = [Config(64, 32, num_warps=8, num_stages=2), Config(64, 32, num_warps=8, num_stages=1)]
+    elif block_d > 64:
+        shapes = [Config(128, 32, num_warps=8, num_stages=3)]
+    else:
+        shapes = [Config(128, 64, num_warps=8, num_stages=3)]
+    row_bytes = block_d * q.element_size()
+    return [(c, (c.rows + 2 * c.columns * c.num_stages) * row_bytes + 2048) for c in shapes]
+
+
+def plan_chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    target: Target,
+    config: Config | None = None,
+) -> Launch:
+    """The launch of `chunk_attention` for checked arguments; `config` overrides the table."""
+    batch, _, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    block_d = power_of_two(dim, least=16)
+    if config is None:
+        config = first_that_fits(_candidates(q, k, v, softcap=softcap is not None, target=target), target)
+    group = require_group(q, k, config)
+    passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
+    return Launch(
+        kernel=_chunk_attention_kernel,
+        grid=(batch * kv_heads * triton.cdiv(queries, config.rows // group),),
+        arguments={
+            **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
+            **strided("k", k, ("stride_kb", "stride_kh", "stride_kt"), passed_k),
+            **strided("v", v, ("stride_vb", "stride_vh", "stride_vt"), passed_v),
+            **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
+            **strided("lse", lse, ("stride_lb", "stride_lh")),
+            "scale": float(scale),
+            "softcap": float(softcap or 0.0),
+            "window": 0 if window is None else window,
+            "queries": queries,
+            "keys": keys,
+            "kv_heads": kv_heads,
+            "kv_rows": batch * kv_heads,
+            "GROUP": group,
+            "D": dim,
+            "BLOCK_D": block_d,
+            "BLOCK_M": config.rows,
+            "BLOCK_N": config.columns,
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_WINDOW": window is not None,
+            "DESCRIPTORS": config.descriptors,
+            "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Bottom-right causal grouped-query attention over memory | chunk.
+
+    Every tensor may be a slice or a transposed view as long as its last dimension is dense; strides that are multiples
+    of 16 elements load fastest.
+
+    Args:
+        q: queries [B, Hq, Q, D], D <= 256; bfloat16, float16 or float32 (float32 is computed in full, without TF32).
+        k: keys [B, Hkv, T, D], T >= Q, same dtype.
+        v: values, as `k`.
+        scale: factor on the logits, positive.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
+        window: keys further back than this are not seen; None sees all.
+        out: where the output goes, shape and dtype of `q`; None allocates it in the order [B, Q, Hq, D], in which the
+            model's output projection wants it, and returns the transposed view.
+        lse: where the log-sum-exp goes, float32 [B, Hq, Q]; None allocates it.
+
+    Returns:
+        Output [B, Hq, Q, D] in the dtype of `q`, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and its value.
+    """
+    require_queries_and_keys(q, k)
+    require_tensor("v", v, tuple(k.shape), (q.dtype,))
+    require_same_device("q", q, "v", v)
+    require_logits(scale, softcap, window)
+    if out is None:
+        batch, heads, queries, dim = q.shape
+        out = torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if lse is None else lse
+    require_tensor("out", out, tuple(q.shape), (q.dtype,))
+    require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
+    for name, x in (("out", out), ("lse", lse)):
+        require_same_device("q", q, name, x)
+        for source, y in (("q", q), ("k", k), ("v", v)):
+            require_apart(source, y, name, x)
+    launch = plan_chunk_attention(
+        q, k, v, out, lse, scale=scale, softcap=softcap, window=window, target=target_of(q.device)
+    )
+    launch.run(q.device)
+    return out, lse
