@@ -1,0 +1,237 @@
+"""Importance of every key: the share of attention it gets from the last queries of a chunk.
+
+    mass[j] = sum over observers i that see j, and heads h of the KV group, of exp(s_hij - lse[h, i])
+              / (group * number of observers that see j)
+
+The log-sum-exp of the forward pass turns each logit into its softmax probability at once, so one product of keys and
+observing queries suffices and their matrix never leaves the registers.
+
+A program owns BLOCK_N keys of one KV head, loads them once, and walks over the observers of the whole group in a
+fixed order. It alone writes its keys' mass: no atomics, and two runs give the same bits.
+
+Pooling over neighbouring keys crosses the borders of key blocks, so it is a launch of its own (`kernels/pool.py`).
+Layouts and reference: `kernels/reference.py`, `key_mass`.
+"""
+
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Triton ships no types, and device code gets its types when it is compiled.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import LOG2E, soft_capped, widened
+from ._launch import (
+    INTERPRETED,
+    INTERPRETER,
+    Config,
+    Launch,
+    Target,
+    first_that_fits,
+    power_of_two,
+    require,
+    require_group,
+    require_logits,
+    require_queries_and_keys,
+    require_same_device,
+    require_tensor,
+    strided,
+    target_of,
+)
+from .pool import pool, require_pool_kernel
+
+
+# Lengths vary from step to step: specialising on them would compile the same kernel again and again.
+@triton.jit(
+    do_not_specialize=[
+        *("stride_lb", "stride_lh", "stride_mb", "stride_mh"),
+        *("observers", "queries", "keys", "scored", "kv_heads", "kv_rows"),
+    ]
+)
+def _key_mass_kernel(
+    q, stride_qb, stride_qh, stride_qq,
+    k, stride_kb, stride_kh, stride_kt,
+    lse, stride_lb, stride_lh,
+    mass, stride_mb, stride_mh,
+    scale, softcap, window, observers, queries, keys, scored, kv_heads, kv_rows,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    i_row = tl.program_id(0) % kv_rows
+    i_n = tl.program_id(0) // kv_rows * BLOCK_N  # the first keys have the most observers
+    i_b = tl.cast(i_row // kv_heads, tl.int64)
+    i_h = tl.cast(i_row % kv_heads, tl.int64)
+
+    o_n = tl.arange(0, BLOCK_N)
+    o_m = tl.arange(0, BLOCK_M)
+    o_query = o_m // GROUP
+    o_head = tl.cast(o_m % GROUP, tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+
+    first_query = queries - observers
+    q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
+    k += i_b * stride_kb + i_h * stride_kh + i_n * tl.cast(stride_kt, tl.int64)
+    lse += i_b * stride_lb + i_h * GROUP * stride_lh + first_query
+    mass += i_b * stride_mb + i_h * stride_mh + i_n
+
+    m_n = o_n < scored - i_n
+    p_k = k + o_n[:, None] * stride_kt + o_d[None, :]
+    b_k = widened(tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0), UPCAST)
+
+    # Observer t sees keys up to past + t; `o_first` and `o_last` are the observers that see each key.
+    past = keys - observers
+    o_first = tl.maximum(i_n + o_n - past, 0)
+    o_last = tl.full([BLOCK_N], 0, tl.int32) + observers - 1
+    start = tl.maximum(i_n - past, 0)
+    end = observers
+    if HAS_WINDOW:
+        o_last = tl.minimum(o_last, i_n + o_n + window - 1 - past)
+        end = tl.minimum(observers, i_n + BLOCK_N - 1 + window - past)
+
+    b_mass = tl.zeros([BLOCK_N], tl.float32)
+    for t in range(start, end, QUERIES):
+        m_m = (o_query < observers - t) & (o_m < QUERIES * GROUP)
+        p_q = q + t * tl.cast(stride_qq, tl.int64) + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
+        b_q = widened(tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0), UPCAST)
+        # An infinite log-sum-exp gives the rows that are no observers a probability of zero.
+        b_lse = tl.load(lse + t + o_query + o_head * stride_lh, mask=m_m, other=float("inf"))
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        if HAS_SOFTCAP:
+            b_s = soft_capped(b_s * scale, softcap)
+            factor = LOG2E
+        else:
+            factor = scale * LOG2E
+        b_p = tl.exp2(b_s * factor - (b_lse * LOG2E)[None, :])
+        m_seen = (t + o_query)[None, :] >= o_first[:, None]
+        if HAS_WINDOW:
+            m_seen = m_seen & ((t + o_query)[None, :] <= o_last[:, None])
+        b_mass += tl.sum(tl.where(m_seen, b_p, 0.0), axis=1)
+
+    b_count = tl.maximum((o_last - o_first + 1) * GROUP, 1)
+    tl.store(mass + o_n, b_mass / b_count.to(tl.float32), mask=m_n)
+
+
+def _candidates(element_size: int, block_d: int, target: Target) -> list[tuple[Config, int]]:
+    """Configurations to try in order, each with an upper bound of the shared memory it takes, in bytes.
+
+    None of them spills registers; `bench/kernel_resources.py` holds the table to that.
+    """
+    if target == INTERPRETER:
+        shapes = [Config(rows=32, columns=32, num_warps=4, num_stages=1)]
+    elif element_size == 4:
+        shapes = [Config(16, 32, num_warps=8, num_stages=1)] if block_d <= 128 else [Config(16, 16, 8, 1)]
+    elif block_d > 128:
+        shapes = [Config(64, 64, num_warps=8, num_stages=2), Config(32, 64, num_warps=8, num_stages=2)]
+    else:
+        shapes = [Config(64, 128, num_warps=8, num_stages=3)]
+    row_bytes = block_d * element_size
+    return [(c, (c.columns + c.rows * c.num_stages) * row_bytes + 2048) for c in shapes]
+
+
+def plan_key_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    *,
+    scale: float,
+    rows: int,
+    softcap: float | None,
+    window: int | None,
+    target: Target,
+    config: Config | None = None,
+) -> Launch:
+    """The launch of `key_mass` for checked arguments, pooling left out; `config` overrides the table."""
+    batch, _, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    scored = mass.shape[2]
+    block_d = power_of_two(dim, least=16)
+    config = config or first_that_fits(_candidates(q.element_size(), block_d, target), target)
+    group = require_group(q, k, config)
+    return Launch(
+        kernel=_key_mass_kernel,
+        grid=(batch * kv_heads * triton.cdiv(scored, config.columns),),
+        arguments={
+            **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
+            **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
+            **strided("lse", lse, ("stride_lb", "stride_lh")),
+            **strided("mass", mass, ("stride_mb", "stride_mh")),
+            "scale": float(scale),
+            "softcap": float(softcap or 0.0),
+            "window": 0 if window is None else window,
+            "observers": rows,
+            "queries": queries,
+            "keys": keys,
+            "scored": scored,
+            "kv_heads": kv_heads,
+            "kv_rows": batch * kv_heads,
+            "GROUP": group,
+            "D": dim,
+            "BLOCK_D": block_d,
+            "BLOCK_N": config.columns,
+            "BLOCK_M": config.rows,
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_WINDOW": window is not None,
+            "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def key_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    rows: int,
+    scored_keys: int | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    pool_kernel: int = 1,
+) -> Tensor:
+    """Importance of every key: the attention it gets from the last `rows` queries.
+
+    A key that no observing row sees has mass 0. The mean runs over the rows that can see the key, so keys inside the
+    observers' own span are not put at a disadvantage.
+
+    Args:
+        q: queries [B, Hq, Q, D]; the observers are the last `rows` of them.
+        k: keys [B, Hkv, T, D].
+        lse: float32 [B, Hq, Q], from `chunk_attention` with the same scale, softcap and window.
+        scale: factor on the logits, positive.
+        rows: number of observing rows, 1..Q.
+        scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
+        softcap: as in `chunk_attention`.
+        window: as in `chunk_attention`.
+        pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+
+    Returns:
+        float32 [B, Hkv, scored_keys].
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and its value.
+    """
+    require_queries_and_keys(q, k)
+    require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
+    require_same_device("q", q, "lse", lse)
+    require_logits(scale, softcap, window)
+    queries, keys = q.shape[2], k.shape[2]
+    require(1 <= rows <= queries, "rows", rows, f"must be 1..{queries}, the number of queries")
+    scored = keys if scored_keys is None else scored_keys
+    require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
+    require_pool_kernel(pool_kernel)
+    mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
+    if scored == 0:
+        return mass
+    launch = plan_key_mass(
+        q, k, lse, mass, scale=scale, rows=rows, softcap=softcap, window=window, target=target_of(q.device)
+    )
+    launch.run(q.device)
+    return pool(mass, pool_kernel)

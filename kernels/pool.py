@@ -1,0 +1,86 @@
+"""Max-pooling of scores over neighbouring keys (SnapKV, arXiv 2404.14469).
+
+    pooled[j] = max of mass[j - w // 2 .. j + w // 2], cut off at both ends of the row
+
+Layouts and reference: `kernels/reference.py`, `pool`.
+"""
+
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Triton ships no types, and device code gets its types when it is compiled.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Launch, require, require_tensor, strided
+
+BLOCK = 256
+
+
+# Lengths vary from step to step: specialising on them would compile the same kernel again and again.
+@triton.jit(do_not_specialize=["stride_mb", "stride_mh", "stride_pb", "stride_ph", "keys", "heads", "reach"])
+def _pool_kernel(
+    mass, stride_mb, stride_mh, pooled, stride_pb, stride_ph, keys, heads, reach, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    i_b = tl.cast(tl.program_id(1) // heads, tl.int64)
+    i_h = tl.cast(tl.program_id(1) % heads, tl.int64)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_mass = mass + i_b * stride_mb + i_h * stride_mh + o_n
+    b_best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    for shift in range(-reach, reach + 1):
+        m_n = (o_n + shift >= 0) & (o_n + shift < keys)
+        b_best = tl.maximum(b_best, tl.load(p_mass + shift, mask=m_n, other=float("-inf")))
+    tl.store(pooled + i_b * stride_pb + i_h * stride_ph + o_n, b_best, mask=o_n < keys)
+
+
+def plan_pool(mass: Tensor, pooled: Tensor, *, pool_kernel: int) -> Launch:
+    """The launch of `pool` for checked arguments."""
+    batch, heads, keys = mass.shape
+    return Launch(
+        kernel=_pool_kernel,
+        grid=(triton.cdiv(keys, BLOCK), batch * heads),
+        arguments={
+            **strided("mass", mass, ("stride_mb", "stride_mh")),
+            **strided("pooled", pooled, ("stride_pb", "stride_ph")),
+            "keys": keys,
+            "heads": heads,
+            "reach": pool_kernel // 2,
+            "BLOCK_N": BLOCK,
+        },
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def pool(mass: Tensor, pool_kernel: int) -> Tensor:
+    """Max-pool scores over `pool_kernel` neighbouring keys; 1 returns them unchanged.
+
+    Args:
+        mass: float32 [B, Hkv, T].
+        pool_kernel: odd width in keys.
+
+    Returns:
+        float32 [B, Hkv, T].
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and its value.
+    """
+    require_tensor("mass", mass, (None, None, None), (torch.float32,))
+    require_pool_kernel(pool_kernel)
+    if pool_kernel == 1 or mass.numel() == 0:
+        return mass
+    pooled = torch.empty_like(mass, memory_format=torch.contiguous_format)
+    plan_pool(mass, pooled, pool_kernel=pool_kernel).run(mass.device)
+    return pooled
+
+
+def require_pool_kernel(pool_kernel: int) -> None:
+    """Check the width of the pooling.
+
+    Raises:
+        ValueError: it is even or below 1.
+    """
+    require(pool_kernel >= 1 and pool_kernel % 2 == 1, "pool_kernel", pool_kernel, "must be odd and at least 1")

@@ -1,0 +1,140 @@
+"""`kernels/key_mass.py` and `kernels/pool.py` against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    Case,
+    assert_near,
+    attention_oracle,
+    inside_workspace,
+    mass_of,
+    poisoned_memory,
+    unaligned,
+)
+
+pytest.importorskip("triton")
+
+from imdc.kernels import reference
+from imdc.kernels.key_mass import key_mass
+from imdc.kernels.pool import pool
+
+RAGGED = Case(1, 2, 4, 50, 117, 64)
+
+
+def check(case: Case, dtype: torch.dtype, rows: int, layout: Any = None) -> None:
+    q, k, v = case.tensors(dtype)
+    lse = attention_oracle(q, k, v, **case.logits)[1].float()
+    with poisoned_memory():
+        mass = key_mass(q, k if layout is None else layout(k), lse, rows=rows, **case.logits)
+    assert mass.dtype == torch.float32
+    truth = mass_of(q.double(), k.double(), rows=rows, **case.logits)
+    # Products of 16-bit numbers are exact in float32, in which the kernel sums them: so does its rival.
+    rival = reference.key_mass(q.float(), k.float(), lse, rows=rows, **case.logits)
+    assert_near(mass, truth, rival, factor=4.0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_last_rows_agree_with_float64(case: Case) -> None:
+    check(case, torch.bfloat16, rows=min(case.queries, 9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_all_rows_agree_with_float64(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, rows=case.queries)
+
+
+@pytest.mark.parametrize("layout", [lambda k: inside_workspace(k, 200), unaligned], ids=["workspace", "unaligned"])
+def test_reads_slices_and_nothing_beside_them(layout: Any) -> None:
+    check(RAGGED, torch.bfloat16, rows=16, layout=layout)
+
+
+def test_one_observer_hands_out_all_of_its_attention() -> None:
+    q, k, v = RAGGED.tensors(torch.float32)
+    lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
+    mass = key_mass(q, k, lse, rows=1, **RAGGED.logits)
+    torch.testing.assert_close(mass.sum(dim=-1), torch.ones(1, 2, device=DEVICE), rtol=1e-5, atol=0.0)
+
+
+def test_heads_are_pooled_within_their_own_group() -> None:
+    q, k, v = RAGGED.tensors(torch.float32)
+    lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
+    whole = key_mass(q, k, lse, rows=5, **RAGGED.logits)
+    for head in range(RAGGED.kv_heads):
+        own = slice(head * RAGGED.group, (head + 1) * RAGGED.group)
+        alone = key_mass(q[:, own], k[:, head : head + 1], lse[:, own], rows=5, **RAGGED.logits)
+        assert torch.equal(whole[:, head : head + 1], alone)
+
+
+@pytest.mark.parametrize("scored", [0, 1, 67, 100, 117])
+def test_scored_keys_are_the_first_ones(scored: int) -> None:
+    q, k, v = RAGGED.tensors(torch.bfloat16)
+    lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
+    whole = key_mass(q, k, lse, rows=20, **RAGGED.logits)
+    with poisoned_memory():
+        part = key_mass(q, k, lse, rows=20, scored_keys=scored, **RAGGED.logits)
+    assert torch.equal(part, whole[..., :scored])
+
+
+def test_keys_that_no_observer_sees_have_no_mass() -> None:
+    case = Case(1, 1, 2, 40, 120, 32, window=8)
+    q, k, v = case.tensors(torch.float32)
+    lse = attention_oracle(q, k, v, **case.logits)[1].float()
+    mass = key_mass(q, k, lse, rows=4, **case.logits)
+    first_seen = 120 - 4 - 8 + 1
+    assert (mass[..., :first_seen] == 0).all() and (mass[..., first_seen:] > 0).all()
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    q, k, v = RAGGED.tensors(torch.bfloat16)
+    lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
+    first, second = (key_mass(q, k, lse, rows=50, **RAGGED.logits) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("pool_kernel", [1, 3, 15, 301])
+def test_pooling_is_the_reference_s(pool_kernel: int) -> None:
+    q, k, v = RAGGED.tensors(torch.float32)
+    lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
+    plain = key_mass(q, k, lse, rows=16, scored_keys=101, **RAGGED.logits)
+    with poisoned_memory():
+        pooled = key_mass(q, k, lse, rows=16, scored_keys=101, pool_kernel=pool_kernel, **RAGGED.logits)
+    assert torch.equal(pooled, reference.pool(plain, pool_kernel))
+
+
+def test_pool_crosses_blocks_and_keeps_negative_scores() -> None:
+    scores = torch.randn(2, 3, 700, device=DEVICE) - 5.0
+    with poisoned_memory():
+        assert torch.equal(pool(scores, 31), reference.pool(scores, 31))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, r"rows = 0: must be 1\.\.5"),
+        ({"rows": 6}, r"rows = 6: must be 1\.\.5"),
+        ({"scored_keys": 10}, r"scored_keys = 10: must be 0\.\.9"),
+        ({"scored_keys": -1}, r"scored_keys = -1"),
+        ({"pool_kernel": 4}, r"pool_kernel = 4: must be odd"),
+        ({"pool_kernel": 0}, r"pool_kernel = 0"),
+        ({"lse": torch.zeros(1, 4, 6)}, r"lse\.shape = \[1, 4, 6\]: must be \[1, 4, 5\]"),
+        ({"lse": torch.zeros(1, 4, 5, dtype=torch.float64)}, r"lse\.dtype = torch\.float64"),
+        ({"scale": -1.0}, r"scale = -1\.0"),
+        ({"window": -3}, r"window = -3"),
+        ({"softcap": float("inf")}, r"softcap = inf"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    q, k, _ = Case(1, 2, 2, 5, 9, 16).tensors(torch.float32)
+    arguments = {"q": q, "k": k, "lse": torch.zeros(1, 4, 5), "scale": 0.25, "rows": 2} | changes
+    arguments["lse"] = arguments["lse"].to(DEVICE)
+    with pytest.raises(ValueError, match=message):
+        key_mass(**arguments)
