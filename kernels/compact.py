@@ -150,10 +150,7 @@ def compact(
     require_tensor("v", v, tuple(k.shape), (k.dtype,))
     require_tensor("indices", indices, (batch, heads, None), (torch.int64,))
     keep = indices.shape[2]
-    paired = (cos is None) == (sin is None)
-    require(paired, "sin", "None" if sin is None else "given", "give both cos and sin or neither")
-    if cos is not None and sin is not None:
-        require_rotation(k, cos, sin, keep)
+    require_rotation(k, cos, sin, keep)
     new_k = k.new_empty(batch, heads, keep, dim) if out_k is None else out_k
     new_v = v.new_empty(batch, heads, keep, dim) if out_v is None else out_v
     for name, x in (("v", v), ("indices", indices), ("out_k", new_k), ("out_v", new_v)):

@@ -184,6 +184,20 @@ def plan_key_mass(
     )
 
 
+def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, pool_kernel: int) -> int:
+    """Check who observes, what is scored and how it is pooled; returns the number of scored keys.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    require(1 <= rows <= queries, "rows", rows, f"must be 1..{queries}, the number of queries")
+    scored = keys if scored_keys is None else scored_keys
+    require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
+    require_pool_kernel(pool_kernel)
+    return scored
+
+
 def key_mass(
     q: Tensor,
     k: Tensor,
@@ -222,11 +236,7 @@ def key_mass(
     require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
     require_same_device("q", q, "lse", lse)
     require_logits(scale, softcap, window)
-    queries, keys = q.shape[2], k.shape[2]
-    require(1 <= rows <= queries, "rows", rows, f"must be 1..{queries}, the number of queries")
-    scored = keys if scored_keys is None else scored_keys
-    require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
-    require_pool_kernel(pool_kernel)
+    scored = require_scoring(q, k, rows, scored_keys, pool_kernel)
     mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass

@@ -91,12 +91,15 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
     )
 
 
-def require_rotation(k: Tensor, cos: Tensor, sin: Tensor, rows: int) -> None:
-    """Check cos and sin [rows, R] for keys `k`: R even, 2..D, and the dtype and device of `k`.
+def require_rotation(k: Tensor, cos: Tensor | None, sin: Tensor | None, rows: int) -> None:
+    """Check cos and sin [rows, R] for keys `k`: R even, 2..D, and the dtype and device of `k`; or None, both of them.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
     """
+    if cos is None or sin is None:
+        require(cos is sin, "sin", "None" if sin is None else "given", "give both cos and sin or neither")
+        return
     require_tensor("cos", cos, (rows, None), (k.dtype,))
     require_tensor("sin", sin, tuple(cos.shape), (k.dtype,))
     require_same_device("k", k, "cos", cos)
