@@ -19,7 +19,7 @@ from imdc.kernels.reference import rotate
 from imdc.observers import get_observer
 from imdc.report import StepReport
 from imdc.rows import Row
-from imdc.schedule import Step, build_steps
+from imdc.schedule import Step, build_steps, tail_rows
 
 OnStep = Callable[[StepReport], None]
 
@@ -62,7 +62,7 @@ class Reader:
         full = [layer for layer, window in enumerate(self.parts.windows) if window is None]
         stored = row.stored(full[0]) if full else 0
         steps = build_steps(ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
-        tails = [self._tail_rows(step, ids.numel()) for step in steps]
+        tails = [tail_rows(step, ids.numel(), self.config) for step in steps]
         self._check_window(row, steps, tails)
         if self.compact and row.tokens:
             self._turn(row, -1.0, row.position)
@@ -115,14 +115,6 @@ class Reader:
                 self.parts.decoder(**inputs)
                 return None
             return self.forward(**{**options, **inputs, "logits_to_keep": 1, "return_dict": True})
-
-    def _tail_rows(self, step: Step, prompt_tokens: int) -> int:
-        """Prompt-tail rows that ride along: none where nothing is dropped, nor in the last chunk, which holds them."""
-        drops = step.memory_after < step.memory_before + step.chunk_tokens
-        is_last = step.start + step.chunk_tokens == prompt_tokens
-        if self.config.observer != "prompt_tail" or not drops or is_last:
-            return 0
-        return min(self.config.observation_tokens, prompt_tokens)
 
     def _tail_gap(self, step: Step, prompt_tokens: int, tail: int) -> int:
         """Positions between the chunk and the tail rows that ride along: those of the tokens not read yet.

@@ -30,7 +30,7 @@ def __getattr__(name):
 """
 
 # Runs when the command calls sys.exit, as every way of starting ends: in its process, with its search path.
-AT_EXIT = '''
+AT_EXIT = """
 import os, sys
 
 leave = sys.exit
@@ -47,7 +47,7 @@ def report(status=None):
     leave(status)
 
 sys.exit = report
-'''
+"""
 
 
 @pytest.fixture(scope="module")

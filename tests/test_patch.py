@@ -209,7 +209,8 @@ def test_importing_imdc_changes_nothing_and_needs_no_torch() -> None:
 
 def test_public_names_stay_functions_whatever_is_imported_first() -> None:
     code = (
-        "import imdc.plan, imdc.patch, imdc.explain, imdc; from imdc.plan import Plan; from imdc.patch import PatchHandle;"
-        "assert all(callable(f) for f in (imdc.plan, imdc.patch, imdc.explain)); assert imdc.Plan is Plan"
+        "import imdc.plan, imdc.patch, imdc.explain, imdc\n"
+        "from imdc.plan import Plan\n"
+        "assert all(callable(f) for f in (imdc.plan, imdc.patch, imdc.explain))\nassert imdc.Plan is Plan"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -250,9 +250,7 @@ def test_command_refuses_bad_config_files(
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\0" * 20, b"no model at all, only text"])
-def test_command_refuses_broken_gguf_files(
-    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses_broken_gguf_files(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     assert main(["plan", str(path), "--prompt-tokens", "1k"]) == 2
