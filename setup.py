@@ -16,6 +16,7 @@ DEV = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.5",
     "ruff>=0.8",
+    "setuptools>=77",
 ]
 
 setup(
