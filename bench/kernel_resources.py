@@ -1,0 +1,282 @@
+"""Compiles every kernel ahead of time and reports registers, spilled bytes and shared memory. Needs no GPU.
+
+    python bench/kernel_resources.py                      # table of all configurations, sm_80, sm_90 and sm_100
+    python bench/kernel_resources.py --quick              # what the test suite compiles
+    python bench/kernel_resources.py --json result.json   # the table as JSON, with versions and commit
+
+The launches come from the `plan_*` functions that production uses, on tensors without storage, so block sizes, warps
+and stages are those of the device in question. Exit status: 0 if nothing spills and all shared memory fits, 1 if not,
+2 if it cannot compile here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CAPABILITIES = (80, 90, 100)
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+QUERIES, KEYS, KEEP, KV_HEADS = 4096, 8192, 4096, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel takes, per thread (registers, spilled and stack bytes) and per program (shared)."""
+
+    kernel: str
+    case: str
+    capability: int
+    num_warps: int
+    num_stages: int
+    block: dict[str, int]
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    shared_limit: int
+
+    @property
+    def sound(self) -> bool:
+        """Nothing spills, and the shared memory fits the chip."""
+        return self.spilled_bytes == 0 and self.stack_bytes == 0 and self.shared_bytes <= self.shared_limit
+
+
+def _ghost(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor with a shape and no storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _target(capability: int) -> Any:
+    from imdc.kernels._launch import target
+
+    return target(*divmod(capability, 10))
+
+
+def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Shapes and options for the two kernels that work on logits."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    plain: dict[str, Any] = {"dtype": bf16, "group": 4, "softcap": None, "window": None}
+    for dim in (64, 128):
+        yield f"D={dim} bf16 G=4", plain | {"dim": dim}
+    if quick:
+        return
+    for dim in (64, 128, 256):
+        yield f"D={dim} bf16 G=4 unaligned", plain | {"dim": dim, "padding": 4}
+    for dim in (96, 256):
+        yield f"D={dim} bf16 G=4", plain | {"dim": dim}
+    for dtype in (fp16, fp32):
+        for dim in (64, 96, 128, 256):
+            yield f"D={dim} {TYPE_NAMES[dtype]} G=4", plain | {"dim": dim, "dtype": dtype}
+    for dim in (64, 128):
+        for group in (1, 3, 7, 8):
+            yield f"D={dim} bf16 G={group}", plain | {"dim": dim, "group": group}
+    for dim in (64, 96, 128, 256):
+        for group in (4, 7):
+            yield f"D={dim} bf16 G={group} window", plain | {"dim": dim, "group": group, "window": 4096}
+            yield f"D={dim} bf16 G={group} softcap", plain | {"dim": dim, "group": group, "softcap": 50.0}
+            both = plain | {"dim": dim, "group": group, "softcap": 50.0, "window": 4096}
+            yield f"D={dim} bf16 G={group} window softcap", both
+
+
+def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
+    """(kernel, case, Launch) of every production configuration on a chip."""
+    from imdc.kernels.chunk_attention import plan_chunk_attention
+    from imdc.kernels.compact import plan_compact
+    from imdc.kernels.key_mass import plan_key_mass
+    from imdc.kernels.pool import plan_pool
+    from imdc.kernels.rotate import plan_rotate
+    from imdc.kernels.select import plan_select
+
+    target = _target(capability)
+    for case, options in attention_cases(quick):
+        dim, dtype, group = options["dim"], options["dtype"], options["group"]
+        logits = {"scale": dim**-0.5, "softcap": options["softcap"], "window": options["window"], "target": target}
+        q = _ghost(1, KV_HEADS * group, QUERIES, dim, dtype=dtype)
+        k = _ghost(1, KV_HEADS, KEYS, dim + options.get("padding", 0), dtype=dtype)[..., :dim]
+        lse = _ghost(1, KV_HEADS * group, QUERIES, dtype=torch.float32)
+        mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
+        yield "chunk_attention", case, plan_chunk_attention(q, k, k, q, lse, **logits)
+        yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, **logits)
+    for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
+        scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
+        indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)
+        yield "select", f"T={keys}", plan_select(scores, indices, sink_tokens=4, recent_tokens=0)
+    mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
+    yield "pool", "", plan_pool(mass, mass, pool_kernel=15)
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        for dim, turned in ((128, 128),) if quick else ((64, 64), (80, 32), (96, 96), (128, 128), (256, 256)):
+            k = _ghost(1, KV_HEADS, KEYS, dim, dtype=dtype)
+            kept = _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
+            cos = _ghost(KEEP, turned, dtype=dtype)
+            indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
+            case = f"D={dim} {TYPE_NAMES[dtype]}"
+            yield "compact", case, plan_compact(k, k, indices, None, None, kept, kept)
+            yield "compact", f"{case} R={turned}", plan_compact(k, k, indices, cos, cos, kept, kept)
+            yield "rotate", f"{case} R={turned}", plan_rotate(kept, cos, cos, kept)
+
+
+def source_of(launch: Any) -> Any:
+    """The kernel with its arguments' types, as Triton itself would specialise this launch."""
+    from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        place = (parameter.num,)
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[place] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
+            attributes[place] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            element, block = TYPE_NAMES[value.base.dtype], ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{element}[{block}]>"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif type(value) is int:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+        else:
+            raise TypeError(f"{parameter.name} = {value!r}: no rule for its type in a kernel's signature")
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: this build of Triton ships no {name}")
+    return str(path)
+
+
+def _spilled_bytes(ptx: str, capability: int) -> int:
+    """Bytes that ptxas, the one Triton assembles with, stores and loads for spills."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    match = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    if match is None:
+        raise ValueError("ptx: names no target")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={match[1]}", file.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    if not spills:
+        raise ValueError(f"ptxas: reported no spills at all: {done.stderr!r}")
+    return sum(map(int, spills))
+
+
+def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
+    """Compile one launch and read what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source_of(launch), target=target, options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    blocks = {n: v for n, v in launch.arguments.items() if n.startswith(("BLOCK_", "TILE")) and isinstance(v, int)}
+    return Resources(
+        kernel=kernel,
+        case=case,
+        capability=capability,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        block=blocks,
+        registers=numbers["REG"],
+        # Spills live on the stack: where there is none, ptxas need not run again to say so.
+        spilled_bytes=_spilled_bytes(compiled.asm["ptx"], capability) if numbers["STACK"] else 0,
+        stack_bytes=numbers["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=_target(capability).shared_bytes,
+    )
+
+
+def _commit() -> str:
+    """The commit checked out; marked if the kernels or this script differ from it."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    changed = git("status", "--porcelain", "--", "kernels", "bench/kernel_resources.py")
+    return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, write JSON if asked; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the configurations the test suite compiles")
+    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES, help="default: all")
+    parser.add_argument("--kernel", action="append", help="only these kernels")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    options = parser.parse_args(arguments)
+    try:
+        import triton
+        from imdc.kernels._launch import INTERPRETED
+    except ImportError as error:
+        print(f"kernel_resources: {error}", file=sys.stderr)
+        return 2
+    if INTERPRETED:
+        print("kernel_resources: TRITON_INTERPRET is set; unset it, the interpreter compiles nothing", file=sys.stderr)
+        return 2
+
+    rows: list[Resources] = []
+    print(
+        f"{'kernel':<16}{'case':<30}{'sm':>4}{'warps':>6}{'stages':>7}{'regs':>5}{'spill B':>8}{'shared B':>9}  blocks"
+    )
+    for capability in options.capability or CAPABILITIES:
+        for kernel, case, launch in launches(capability, options.quick):
+            if options.kernel and kernel not in options.kernel:
+                continue
+            row = measure(kernel, case, launch, capability)
+            rows.append(row)
+            blocks = " ".join(f"{name.removeprefix('BLOCK_')}={size}" for name, size in row.block.items())
+            print(
+                f"{kernel:<16}{case:<30}{capability:>4}{row.num_warps:>6}{row.num_stages:>7}{row.registers:>5}"
+                f"{row.spilled_bytes:>8}{row.shared_bytes:>9}  {blocks}{'' if row.sound else '  UNSOUND'}",
+                flush=True,
+            )
+    unsound = [row for row in rows if not row.sound]
+    print(f"{len(rows)} configurations, {len(unsound)} that spill or exceed shared memory")
+    if options.json is not None:
+        record = {
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "commit": _commit(),
+            "shapes": {"queries": QUERIES, "keys": KEYS, "keep": KEEP, "kv_heads": KV_HEADS},
+            "rows": [asdict(row) for row in rows],
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if unsound else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
