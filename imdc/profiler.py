@@ -41,6 +41,7 @@ class MeasuredStep:
         held_bytes: bytes alive when the step ended: memory, and the workspace for the next one.
         kv_bytes: bytes of the memory of all layers when the step ended.
         layer_peaks: the peak inside each decoder layer; what comes before the first counts to it.
+        retention: per layer the share of its memory that survived, see `imdc.report.StepReport`.
         predicted: what `imdc.footprint` says.
         reserved_bytes: peak of what CUDA's caching allocator holds in all; None on the CPU.
         resident_bytes: peak of the process's resident memory above that before the prefill; None where unknown.
@@ -52,6 +53,7 @@ class MeasuredStep:
     held_bytes: int
     kv_bytes: int
     layer_peaks: tuple[int, ...]
+    retention: tuple[float | None, ...]
     predicted: StepFootprint
     reserved_bytes: int | None
     resident_bytes: int | None
@@ -160,7 +162,7 @@ def measure(
             reports.clear()
             measured.clear()
         reports.append(report)
-        measured.append({"kv_bytes": report.kv_bytes, **meter.take()})
+        measured.append({"kv_bytes": report.kv_bytes, "retention": report.retention, **meter.take()})
         if on_step is not None:
             on_step(report)
 
@@ -203,7 +205,7 @@ def measure_unpatched(model: PreTrainedModel, input_ids: Tensor) -> MeasuredPref
         del output
     shape = ModelShape.from_model(model)
     tokens = input_ids.shape[1]
-    values["kv_bytes"] = predict_unpatched(shape, tokens).memory
+    values |= {"kv_bytes": predict_unpatched(shape, tokens).memory, "retention": ()}
     step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, tokens), **values)
     own: str = model.config._attn_implementation
     return MeasuredPrefill(UNPATCHED, tokens, own, None, shape.weights, (step,))

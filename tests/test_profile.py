@@ -278,6 +278,10 @@ def test_page_in_a_browser(browser: Browser, report: tuple[Path, dict[str, Any]]
     assert f"measured  {format_bytes(last['peak_bytes'])}" in tip
     browser.move("document.getElementById('heat')", across=0.01)
     assert "layer 2" in browser.evaluate("document.getElementById('tip').textContent")
+    browser.move("document.getElementById('retention')", across=0.99)
+    share = last["retention"][1]
+    assert share is not None
+    assert f"kept {100 * share:.1f}%" in browser.evaluate("document.getElementById('tip').textContent")
 
     # Nothing sticks out to the side, and dark mode changes the ground.
     assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

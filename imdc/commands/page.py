@@ -104,6 +104,9 @@ summary { cursor: pointer; margin-top: 2rem; }
 <h2>Peak inside each layer</h2>
 <p>Steps from left to right, layers from top to bottom; darker or brighter is more.</p>
 <canvas id="heat" role="img" aria-label="Peak bytes by layer and step"></canvas>
+<h2>Retention</h2>
+<p>Share of each layer's memory that survives a step, from 0% (pale) to 100%. Empty where there is no memory yet.</p>
+<canvas id="retention" role="img" aria-label="Retention by layer and step"></canvas>
 <h2>All schedules</h2>
 <div class="scroll"><table id="compare"></table></div>
 <p id="saving"></p>

@@ -106,14 +106,14 @@ function tell(event, text) {
 }
 function hide() { byId("tip").hidden = true; }
 
-function heat(steps) {
-  const canvas = byId("heat"), layers = Math.max(1, ...steps.map((step) => step.layer_peaks.length));
+/* One cell per layer and step; `values` gives a step's layers, null where there is nothing to show. */
+function heat(id, steps, values, low, high, label) {
+  const canvas = byId(id), layers = Math.max(1, ...steps.map((step) => values(step).length));
   canvas.width = steps.length;
   canvas.height = layers;
-  const all = steps.flatMap((step) => step.layer_peaks);
-  const low = all.reduce((a, b) => Math.min(a, b), Infinity), high = all.reduce((a, b) => Math.max(a, b), 0);
   const paint = canvas.getContext("2d"), color = getComputedStyle(document.body).getPropertyValue("--heat");
-  steps.forEach((step, index) => step.layer_peaks.forEach((value, layer) => {
+  steps.forEach((step, index) => values(step).forEach((value, layer) => {
+    if (value === null) return;
     const share = high > low ? (value - low) / (high - low) : 1;
     paint.fillStyle = "rgba(" + color + "," + (0.08 + 0.92 * share) + ")";
     paint.fillRect(index, layer, 1, 1);
@@ -122,11 +122,18 @@ function heat(steps) {
     const area = canvas.getBoundingClientRect();
     const index = Math.floor((event.clientX - area.left) / area.width * steps.length);
     const layer = Math.floor((event.clientY - area.top) / area.height * layers);
-    const value = (steps[index] || {layer_peaks: []}).layer_peaks[layer];
-    if (value === undefined) { hide(); return; }
-    tell(event, "step " + (index + 1) + ", layer " + (layer + 1) + "\npeak " + bytes(value));
+    const value = steps[index] ? values(steps[index])[layer] : undefined;
+    if (value === undefined || value === null) { hide(); return; }
+    tell(event, "step " + (index + 1) + ", layer " + (layer + 1) + "\n" + label(value));
   };
   canvas.onpointerleave = hide;
+}
+
+function heats(steps) {
+  const peaks = steps.flatMap((step) => step.layer_peaks);
+  const low = peaks.reduce((a, b) => Math.min(a, b), Infinity), high = peaks.reduce((a, b) => Math.max(a, b), 0);
+  heat("heat", steps, (step) => step.layer_peaks, low, high, (value) => "peak " + bytes(value));
+  heat("retention", steps, (step) => step.retention, 0, 1, (value) => "kept " + (100 * value).toFixed(1) + "%");
 }
 
 function table(target, head, rows) {
@@ -159,7 +166,7 @@ function show(index) {
   bars(byId("bytes"), steps, parts, ceiling(most, 2), bytes, (step) => above(step.predicted));
   const widest = scale.reduce((high, step) => Math.max(high, total(tokens(step))), 0);
   bars(byId("tokens"), steps, tokens, ceiling(widest, 10), count, null);
-  heat(steps);
+  heats(steps);
   table(byId("steps"), ["step", "from", "chunk", "memory before", "after", "measured", "predicted", "seconds"],
     steps.map((step, at) => [at + 1, count(step.step.start), count(step.step.chunk_tokens),
       count(step.step.memory_before), count(step.step.memory_after), bytes(step.peak_bytes),
@@ -182,7 +189,7 @@ table(byId("compare"), ["", "steps", "measured", "predicted", "difference", "sec
 if (data.predicted_savings.length)
   byId("saving").textContent = "Predicted saving of imdc over fm with this chunk size: " + data.predicted_savings
     .map((entry) => (100 * entry.saving).toFixed(1) + "% at M = " + entry.ratio + "C").join(", ");
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => heat(data.prefills[shown].steps));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => heats(data.prefills[shown].steps));
 addEventListener("resize", () => show(shown));
 show(0);
 """
