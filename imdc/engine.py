@@ -62,7 +62,7 @@ class Engine:
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
         longest = max(prompt.numel() for prompt in prompts)
         compact = self._compact(cache, longest)
-        device = self.parts.decoder.get_input_embeddings().weight.device
+        device = self.parts.device()
         backend, _ = self.backend()
         chunk, restarts = self._fitting_chunk(longest, device), 0
         while True:
@@ -109,7 +109,7 @@ class Engine:
         weight = parts.decoder.get_input_embeddings().weight
         attention: Any = parts.decoder.layers[0].self_attn
         windowed = any(window is not None for window in parts.windows)
-        traits = traits_of(weight.device, weight.dtype, parts.config, int(attention.head_dim), windowed)
+        traits = traits_of(parts.device(), weight.dtype, parts.config, int(attention.head_dim), windowed)
         return choose(self.config.backend, traits)
 
     def _prompts(self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

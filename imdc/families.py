@@ -144,6 +144,11 @@ class Parts:
             return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
         return int(self.config.max_position_embeddings)
 
+    def device(self, layer: int | None = None) -> torch.device:
+        """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
+        module = self.decoder.get_input_embeddings() if layer is None else self.decoder.layers[layer]
+        return _execution_device(module)
+
     def cache_layers(self) -> list[MemoryLayer | SlidingLayer]:
         """Fresh cache layers: compressed ones for full attention, windows for sliding attention."""
         return [MemoryLayer() if window is None else SlidingLayer(window) for window in self.windows]
@@ -168,6 +173,18 @@ class Parts:
         if scaling != 1.0:
             cos, sin = cos / scaling, sin / scaling
         return cos[0].to(dtype), sin[0].to(dtype)
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """The device that accelerate moves a module's weights to, else the one they are on."""
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    weight = next(module.parameters())
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def _windows(config: Any, count: int) -> tuple[int | None, ...]:

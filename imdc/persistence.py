@@ -101,7 +101,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCach
     cache = ImdcCache(parts.cache_layers(), owner=weakref.ref(model))
     layers: list[Any] = cache.layers
     for number, (layer, saved) in enumerate(zip(layers, state["layers"], strict=True)):
-        device = _device(parts, number)
+        device = parts.device(number)
         keys, values = (tensors.pop(f"layers.{number}.{side}").to(device) for side in ("keys", "values"))
         if isinstance(layer, MemoryLayer):
             layer.load(keys, values, saved["seen"])
@@ -223,13 +223,3 @@ def _compare(path: Path, state: dict[str, Any], parts: Parts) -> None:
             f"{os.fspath(path)!r} was filled by another model: {'; '.join(differences)}. "
             f"Load the model that filled it, or read the prompt again"
         )
-
-
-def _device(parts: Parts, number: int) -> torch.device:
-    """Where layer `number` computes."""
-    layer: Any = parts.decoder.layers[number]
-    hook: Any = getattr(layer, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
-    weight = next(iter(layer.parameters()))
-    return torch.device("cpu") if weight.is_meta else weight.device
