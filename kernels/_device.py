@@ -4,8 +4,8 @@ UPCAST stands in every kernel for "bfloat16 under the interpreter": it multiplie
 truncates on conversion, so there values are widened before any arithmetic and rounded to nearest even by hand.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
-# Triton ships no types, and device code gets its types when it is compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
 
 from __future__ import annotations
 

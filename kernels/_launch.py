@@ -8,9 +8,6 @@ memory is used. A prefill then never pauses to time variants, two runs launch th
 compile everything that is ever launched.
 """
 
-# mypy: disable-error-code="import-untyped"
-# Triton ships no types.
-
 from __future__ import annotations
 
 import os

@@ -12,8 +12,8 @@ row sees whole come first and are not masked; the diagonal's blocks follow. Prog
 Layouts and reference: `kernels/reference.py`, `chunk_attention`.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
-# Triton ships no types, and device code gets its types when it is compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
 
 from __future__ import annotations
 

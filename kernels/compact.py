@@ -8,8 +8,8 @@ piece of memory: moved in parallel, a row could be overwritten before it has bee
 Layouts and reference: `kernels/reference.py`, `compact`.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
-# Triton ships no types, and device code gets its types when it is compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
 
 from __future__ import annotations
 

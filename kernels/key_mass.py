@@ -13,8 +13,8 @@ Pooling over neighbouring keys crosses the borders of key blocks, so it is a lau
 Layouts and reference: `kernels/reference.py`, `key_mass`.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
-# Triton ships no types, and device code gets its types when it is compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ bit, in tiles.
 Layouts and reference: `kernels/reference.py`, `select`.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc"
-# Triton ships no types, and device code gets its types when it is compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
 
 from __future__ import annotations
 
