@@ -155,8 +155,8 @@ def watched(model: PreTrainedModel, config: imdc.PrefillConfig) -> Iterator[None
         StepRun.attend = attend  # type: ignore[method-assign]
 
 
-def check(call: Call) -> None:
-    """All promises that concern a call."""
+def check(call: Call) -> bool:
+    """Hold a call against all promises; returns False where it was refused for positions beyond the window."""
     model = model_of(call.family, call.window)
     config = imdc.PrefillConfig(**call.options)
     rows = list(range(len(call.turns[0])))
@@ -169,7 +169,7 @@ def check(call: Call) -> None:
                 together = talk(model, call, rows, call.mode)
         except UnsupportedCallError as error:
             assert call.window < 4096 and "the model was trained for" in str(error)
-            return
+            return False
         assert handle.report is not None
         if call.twins and len(call.turns) == 1:
             assert handle.report.rows < len(rows) or len(rows) == 1
@@ -193,6 +193,7 @@ def check(call: Call) -> None:
             plain = talk(model, call, [row], call.mode if call.mode == "beams" else "greedy")
             for ours, theirs in zip(together, plain, strict=True):
                 assert torch.equal(ours[row], theirs[0]), "a memory that holds all differs from the unpatched model"
+    return True
 
 
 def bounded_after(call: Call) -> None:
@@ -249,7 +250,7 @@ def calls(draw: st.DrawFn) -> Call:
         side=draw(st.sampled_from(["left", "right"])),
         twins=twins,
         period=draw(st.sampled_from([7, 50])),
-        window=draw(st.sampled_from([4096, 128])),
+        window=draw(st.sampled_from([4096, 64])),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -266,7 +267,7 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_calls_that_once_failed(name: str) -> None:
-    check(FOUND[name])
+    assert check(FOUND[name])
     bounded_after(FOUND[name])
 
 
@@ -283,5 +284,5 @@ def test_calls_that_once_failed(name: str) -> None:
 )
 @given(calls())
 def test_any_call_keeps_the_promises(call: Call) -> None:
-    check(call)
-    bounded_after(call)
+    if check(call):
+        bounded_after(call)
