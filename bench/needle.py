@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers()
     if args.threads:
         torch.set_num_threads(args.threads)
+    # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
+    started = circumstances()
     try:
         model, tokenizer = load_model(args.model or find_smollm2_gguf() or "", dtype=args.dtype)
         samples = make_samples(tokenizer, args)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     Console().print(table(rows, args))
     result = {
-        **circumstances(),
+        **started,
         "model": model.config.name_or_path,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "samples": [

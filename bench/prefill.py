@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     quiet_transformers()
+    # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
+    started = circumstances()
     try:
         if args.memory_of:
             print(json.dumps(memory_in_this_process(args)))
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for prompt_tokens in args.prompt_tokens:
         Console().print(table([row for row in rows if row.way.prompt_tokens == prompt_tokens]))
     result = {
-        **circumstances(),
+        **started,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "memory": "peak resident set of a fresh process above its resident set after loading, sampled every 5 ms",
         "rows": [row.as_json() for row in rows],
@@ -169,7 +171,8 @@ def fill_times(rows: Sequence[Row], args: argparse.Namespace) -> None:
                 row.wall_seconds.append(reading.first_token_seconds)
                 row.kv_bytes = reading.report.kv_bytes if reading.report is not None else None
                 print(
-                    f"{prompt_tokens} {row.way.schedule} {row.way.setting}: {reading.first_token_seconds:.1f} s",
+                    f"{prompt_tokens} {row.way.schedule} {row.way.setting}: {reading.first_token_seconds:.1f} s, "
+                    f"processor time {row.cpu_seconds[-1]:.1f} s",
                     file=sys.stderr,
                     flush=True,
                 )
