@@ -61,7 +61,6 @@ class Engine:
         prompts = self._prompts(cache, input_ids, attention_mask)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
         longest = max(prompt.numel() for prompt in prompts)
-        compact = self._compact(cache, longest)
         device = self.parts.device()
         backend, _ = self.backend()
         chunk, restarts = self._fitting_chunk(longest, device), 0
@@ -72,13 +71,12 @@ class Engine:
                     self.config,
                     self.forward,
                     backend=backend,
-                    compact=compact,
                     chunk=chunk,
                     on_step=self.on_step,
                 )
                 rows, outputs = [], []
                 for number, index in enumerate(unique):
-                    row = Row.empty(len(self.parts.windows)) if cache.is_empty else cache.take_row(index)
+                    row = self._new_row(prompts[index]) if cache.is_empty else cache.take_row(index)
                     outputs.append(reader.read(row, prompts[index].to(device), number, forward_options))
                     rows.append(row)
                 break
@@ -86,7 +84,7 @@ class Engine:
                 rows, outputs = [], []
                 chunk = self._smaller_chunk(chunk, longest, error)
                 restarts += 1
-        cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1], compact)
+        cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
         output = outputs[0]
         output.logits = torch.cat([output.logits for output in outputs])[torch.tensor(order)]
         output.past_key_values = cache
@@ -134,15 +132,13 @@ class Engine:
                 raise UnsupportedCallError(f"row {number} of input_ids is all padding: an empty prompt; pass a token")
         return prompts
 
-    def _compact(self, cache: ImdcCache, new_tokens: int) -> bool:
-        """Whether memory is numbered 0..m-1: as asked, or where the prompt would pass the model's window."""
-        if cache.compact is not None:
-            return cache.compact
-        if all(window is not None for window in self.parts.windows):
-            return False
-        if self.config.positions == "auto":
-            return new_tokens > self.parts.trained_window
-        return self.config.positions == "compact"
+    def _new_row(self, prompt: Tensor) -> Row:
+        """A row that has read nothing; its own prompt alone decides whether its memory is numbered 0..m-1."""
+        row = Row.empty(len(self.parts.windows))
+        if any(window is None for window in self.parts.windows):
+            beyond = prompt.numel() > self.parts.trained_window
+            row.compact = beyond if self.config.positions == "auto" else self.config.positions == "compact"
+        return row
 
     def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:
         """The chunk that `memory_limit` allows, where the config asks for "auto"."""

@@ -23,7 +23,6 @@ class ImdcCache(Cache):
         phase: "prefill" when the next forward call reads a prompt, "decode" when it appends to the tail. It is set
             by the patch and never guessed from shapes.
         width: columns of the prompt seen so far, left padding included: what `get_seq_length` says.
-        compact: whether the memory is numbered 0..m-1; None before the first prefill.
         rows: per-row state, None before the first prefill.
         history: columns of all turns in an assisted call that goes on from a filled cache, until its first forward
             call; None in others.
@@ -37,7 +36,6 @@ class ImdcCache(Cache):
         self.owner = owner
         self._can_crop = can_crop
         self.phase = "prefill"
-        self.compact: bool | None = None
         self.rows: RowState | None = None
         self.history: int | None = None
         self.drafting = False
@@ -51,6 +49,11 @@ class ImdcCache(Cache):
     def tail(self) -> int:
         """Tokens decoded since the last compression."""
         return self.get_seq_length() - self.width if self.rows is not None else 0
+
+    @property
+    def compact(self) -> bool:
+        """Whether the memory of any row is numbered 0..m-1."""
+        return self.rows is not None and bool(self.rows.compact.any())
 
     @property
     def is_croppable(self) -> bool:
@@ -79,6 +82,7 @@ class ImdcCache(Cache):
         tokens = int(self.rows.tokens[index]) + tail
         row = Row.empty(len(self.layers))
         row.tokens, row.position = tokens, int(self.rows.position[index]) + tail
+        row.compact = bool(self.rows.compact[index])
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys, layer.values
             if keys is None or values is None:
@@ -88,19 +92,19 @@ class ImdcCache(Cache):
             row.values[number] = values[index : index + 1, :, skipped:]
         return row
 
-    def load_rows(self, rows: list[Row], order: Tensor, width: int, compact: bool) -> None:
+    def load_rows(self, rows: list[Row], order: Tensor, width: int) -> None:
         """Replace the content by `rows`, repeated as `order` (int64 [B]) says; shorter rows are padded at the front.
 
         The tensors of `rows` are released layer by layer, so that no second copy of the cache builds up. Where that is
         cut off (out of memory, an interrupt) the cache becomes empty: it then reads its whole history anew.
         """
         try:
-            self._load_rows(rows, order, width, compact)
+            self._load_rows(rows, order, width)
         except BaseException:
             self.reset()
             raise
 
-    def _load_rows(self, rows: list[Row], order: Tensor, width: int, compact: bool) -> None:
+    def _load_rows(self, rows: list[Row], order: Tensor, width: int) -> None:
         longest = 0
         for number, layer in enumerate(self.layers):
             lengths = [row.stored(number) for row in rows]
@@ -121,8 +125,9 @@ class ImdcCache(Cache):
             tokens=torch.tensor([row.tokens for row in rows]),
             position=torch.tensor([row.position for row in rows]),
             padding=torch.tensor(paddings if longest else [0] * len(rows)),
+            compact=torch.tensor([row.compact for row in rows]),
         )
-        self.rows, self.width, self.compact = state.select(order), width, compact
+        self.rows, self.width = state.select(order), width
 
     @staticmethod
     def _stack(rows: list[Tensor | None], order: Tensor, least: int) -> Tensor:
@@ -173,7 +178,7 @@ class ImdcCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next forward call reads a prompt."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.phase, self.rows, self.width, self.compact = "prefill", None, 0, None
+        self.phase, self.rows, self.width = "prefill", None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""

@@ -34,7 +34,7 @@ from imdc.rows import RowState
 _FORMAT = 1
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
-_ROW_FIELDS = ("tokens", "position", "padding")
+_ROW_FIELDS = ("tokens", "position", "padding", "compact")
 
 
 def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
@@ -65,7 +65,7 @@ def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
             "imdc": __version__,
             "model": _facts(Parts.of(model)),
             "weights": _weight_samples(model),
-            "cache": {"phase": cache.phase, "width": cache.width, "compact": cache.compact},
+            "cache": {"phase": cache.phase, "width": cache.width},
             "rows": {name: getattr(cache.rows, name).tolist() for name in _ROW_FIELDS},
             "layers": [_layer_state(layer) for layer in cache.layers],
         }
@@ -110,8 +110,8 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCach
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
             layer.cumulative_length = saved["seen"]
-    cache.phase, cache.width, cache.compact = (state["cache"][name] for name in ("phase", "width", "compact"))
-    cache.rows = RowState(**{name: torch.tensor(state["rows"][name], dtype=torch.long) for name in _ROW_FIELDS})
+    cache.phase, cache.width = state["cache"]["phase"], state["cache"]["width"]
+    cache.rows = RowState(**{name: torch.tensor(state["rows"][name]) for name in _ROW_FIELDS})
     return cache
 
 

@@ -45,13 +45,12 @@ class Reader:
         forward: Callable[..., Any],
         *,
         backend: Backend,
-        compact: bool,
         chunk: int | None,
         on_step: OnStep | None,
     ) -> None:
         """`forward` is the model's own; `chunk` replaces the config's chunk_tokens where it is not None."""
         self.parts, self.config, self.forward = parts, config, forward
-        self.backend, self.compact, self.chunk, self.on_step = backend, compact, chunk, on_step
+        self.backend, self.chunk, self.on_step = backend, chunk, on_step
         self.workspace = Workspace()
         self.observer = get_observer(config.observer)
         self.reports: list[StepReport] = []
@@ -64,7 +63,7 @@ class Reader:
         steps = build_steps(ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
         tails = [tail_rows(step, ids.numel(), self.config) for step in steps]
         self._check_window(row, steps, tails)
-        if self.compact and row.tokens:
+        if row.compact and row.tokens:
             self._turn(row, -1.0, row.position)
         output: Any = None
         for step, tail in zip(steps, tails, strict=True):
@@ -73,9 +72,9 @@ class Reader:
             output = self._step(run, ids, last=step is steps[-1], options=forward_options)
             retention = run.retention()
             row.tokens += step.chunk_tokens
-            row.position = step.memory_after if self.compact else row.position + step.chunk_tokens
+            row.position = step.memory_after if row.compact else row.position + step.chunk_tokens
             self._report(row, step, len(steps), ids.numel(), number, time.perf_counter() - began, retention)
-        if self.compact:
+        if row.compact:
             self._turn(row, 1.0, row.position)
         self.finished_bytes += row.nbytes()
         return output
@@ -86,12 +85,12 @@ class Reader:
             row,
             step,
             tail_rows=tail,
-            tail_gap=self._tail_gap(step, prompt_tokens, tail),
+            tail_gap=self._tail_gap(row, step, prompt_tokens, tail),
             config=self.config,
             backend=self.backend,
             observer=self.observer,
             workspace=self.workspace,
-            compact=self.compact,
+            compact=row.compact,
         )
 
     def _step(self, run: StepRun, ids: Tensor, *, last: bool, options: dict[str, Any]) -> Any:
@@ -99,7 +98,7 @@ class Reader:
         chunk = ids[step.start : step.start + step.chunk_tokens]
         if tail:
             chunk = torch.cat((chunk, ids[-tail:]))
-        if self.compact:
+        if run.compact:
             positions = torch.zeros_like(chunk)
         else:
             positions = torch.arange(start, start + chunk.numel(), device=chunk.device)
@@ -116,7 +115,7 @@ class Reader:
                 return None
             return self.forward(**{**options, **inputs, "logits_to_keep": 1, "return_dict": True})
 
-    def _tail_gap(self, step: Step, prompt_tokens: int, tail: int) -> int:
+    def _tail_gap(self, row: Row, step: Step, prompt_tokens: int, tail: int) -> int:
         """Positions between the chunk and the tail rows that ride along: those of the tokens not read yet.
 
         Right behind the chunk, the tail would attend mostly to its last tokens, as text does to what precedes it, and
@@ -126,14 +125,14 @@ class Reader:
         if any(window is not None for window in self.parts.windows):
             return 0
         unread = max(0, prompt_tokens - tail - step.start - step.chunk_tokens)
-        if not self.compact:
+        if not row.compact:
             return unread
         return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - tail)
 
     def _check_window(self, row: Row, steps: tuple[Step, ...], tails: list[int]) -> None:
         window = self.parts.trained_window
         rope = getattr(self.parts.config, "rope_parameters", None) or {}
-        if self.compact:
+        if row.compact:
             widest = max(s.memory_before + s.chunk_tokens + t for s, t in zip(steps, tails, strict=True))
             if widest > window:
                 raise UnsupportedCallError(

@@ -17,12 +17,14 @@ class Row:
         values: as `keys`.
         tokens: tokens seen so far, padding not counted.
         position: rotary position of the next token.
+        compact: whether its memory is numbered 0..m-1.
     """
 
     keys: list[Tensor | None]
     values: list[Tensor | None]
     tokens: int = 0
     position: int = 0
+    compact: bool = False
 
     @classmethod
     def empty(cls, layers: int) -> Row:
@@ -41,19 +43,21 @@ class Row:
 
 @dataclass(slots=True)
 class RowState:
-    """What is kept per row beside its keys and values; all tensors are int64 [B] on the CPU.
+    """What is kept per row beside its keys and values; all tensors are int64 [B] on the CPU, `compact` is bool.
 
     Attributes:
         tokens: tokens seen by the prefill, padding not counted.
         position: rotary position that follows the prefill.
         padding: unused slots at the front of the full-attention layers of shorter rows.
+        compact: whether the row's memory is numbered 0..m-1.
     """
 
     tokens: Tensor
     position: Tensor
     padding: Tensor
+    compact: Tensor
 
     def select(self, index: Tensor) -> RowState:
         """The rows `index`, in that order."""
         index = index.cpu()
-        return RowState(self.tokens[index], self.position[index], self.padding[index])
+        return RowState(self.tokens[index], self.position[index], self.padding[index], self.compact[index])

@@ -261,6 +261,10 @@ FOUND = {
     # transformers passes the whole history of an assisted call again, and the cache held its beginning twice.
     "lookup in a second turn": Call("llama", ((91,), (48,)), {"schedule": "full"}, mode="lookup", period=7),
     "windows, lookup in a second turn": Call("gemma2", ((91,), (48,)), SMALL, mode="lookup", new_tokens=6, period=7),
+    # The longest row of a batch chose the positions of all.
+    "auto positions on both sides of the window": Call(
+        "llama", ((50, 100),), {**SMALL, "memory_tokens": 30, "observation_tokens": 4}, new_tokens=6, window=64
+    ),
     "assisted in a second turn": Call("gemma3", ((30,), (1,)), SMALL, mode="assisted", new_tokens=6),
 }
 

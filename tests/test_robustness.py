@@ -284,8 +284,8 @@ def test_500_prefills_leave_nothing_behind() -> None:
             if number == 20:
                 things, tensors, held = live_things()
         after = live_things()
-    # One object kept by every prefill would make 479.
-    assert after[0] - things < 100
+    # One object kept by every prefill would make 479; a test runner's worker makes some two hundred of its own.
+    assert after[0] - things < 400
     assert after[1:] == (tensors, held)
 
 
