@@ -162,7 +162,7 @@ def _chunk_attention_kernel(
     tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
 
 
-def _candidates(q: Tensor, k: Tensor, v: Tensor, *, softcap: bool, target: Target) -> list[tuple[Config, int]]:
+def _candidates(q: Tensor, k: Tensor, v: Tensor, target: Target) -> list[tuple[Config, int]]:
     """Configurations to try in order, each with an upper bound of the shared memory it takes, in bytes.
 
     None of them spills registers; `bench/kernel_resources.py` holds the table to that.
@@ -176,8 +176,7 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor, *, softcap: bool, target: Targe
     elif not vectors:
         shapes = [Config(64 if block_d <= 128 else 32, 32, num_warps=8, num_stages=1)]
     elif target.copies_tensors and block_d > 128:
-        rows = 64 if softcap and target.major == 9 else 128
-        shapes = [Config(rows, 64, num_warps=8, num_stages=2, descriptors=True)]
+        shapes = [Config(128, 32, num_warps=8, num_stages=3, descriptors=True)]
     elif target.copies_tensors:
         shapes = [Config(128, 128, num_warps=8, num_stages=2, descriptors=True)]
     elif block_d > 128:
@@ -208,7 +207,7 @@ def plan_chunk_attention(
     kv_heads, keys = k.shape[1], k.shape[2]
     block_d = power_of_two(dim, least=16)
     if config is None:
-        config = first_that_fits(_candidates(q, k, v, softcap=softcap is not None, target=target), target)
+        config = first_that_fits(_candidates(q, k, v, target), target)
     group = require_group(q, k, config)
     passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
     return Launch(
