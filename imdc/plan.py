@@ -14,7 +14,7 @@ from imdc.modelshape import ModelShape
 from imdc.schedule import Step, build_steps
 from imdc.units import format_bytes, format_tokens
 
-__all__ = ["Plan", "PlannedStep", "fit_chunk", "limit_bytes", "plan", "plan_shape"]
+__all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
 
 _SHOWN_STEPS = 24
 

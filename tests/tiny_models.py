@@ -50,7 +50,7 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "phi3": ("Phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
-    # transformers before 5.20 picks sdpa, which drops the soft-cap without a word.
+    # transformers up to 5.17 at least picks sdpa, which drops the soft-cap without a word.
     "gemma2": ("Gemma2", {**_MIXED, "query_pre_attn_scalar": 16, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3Text", {**_MIXED, "query_pre_attn_scalar": 16}),
     "granite": ("Granite", {"attention_multiplier": 0.25}),
