@@ -87,9 +87,12 @@ class StepRun:
         window = self.parts.windows[layer]
         stored = self.row.stored(layer)
         keys, values = self.workspace.take(k, stored + k.shape[2])
-        for buffer, memory, states in ((keys, self.row.keys[layer], k), (values, self.row.values[layer], v)):
+        for buffer, memories, states in ((keys, self.row.keys, k), (values, self.row.values, v)):
+            memory = memories[layer]
             if memory is not None:
                 buffer[:, :, :stored] = memory
+            # The workspace has it now: two of it would raise the peak by a layer's memory.
+            memory = memories[layer] = None
             buffer[:, :, stored:] = states
         turned = keys
         tables = self._rotary(layer, stored, keys) if self.compact else None

@@ -22,7 +22,6 @@ from imdc.modelshape import ModelShape
 from imdc.reader import OnStep, Reader
 from imdc.report import PrefillReport
 from imdc.rows import Row
-from imdc.schedule import build_steps
 
 # A step that does not fit is retried with half the chunk, down to this: below, activations no longer matter.
 _LEAST_CHUNK = 32
@@ -153,7 +152,8 @@ class Engine:
 
     def _smaller_chunk(self, chunk: int | None, prompt_tokens: int, error: Exception) -> int:
         if chunk is None:
-            chunk = max(step.chunk_tokens for step in build_steps(prompt_tokens, self.config))
+            assert isinstance(self.config.chunk_tokens, int), "'auto' has become a number"
+            chunk = min(self.config.chunk_tokens, prompt_tokens)
         if chunk // 2 < _LEAST_CHUNK:
             raise error
         warnings.warn(

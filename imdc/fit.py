@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
-from imdc.footprint import predict
+from imdc.footprint import balanced_steps, predict
 from imdc.modelshape import ModelShape
-from imdc.schedule import build_steps
 from imdc.units import format_bytes
 
 # Below, activations no longer matter, and a plan of a million steps helps nobody.
@@ -72,7 +71,8 @@ def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
 def peak_bytes(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> int:
     """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number."""
     backend, compact = execution(shape, prompt_tokens, config, device)
-    footprints = predict(shape, config, build_steps(prompt_tokens, config), backend=backend, compact=compact)
+    steps = balanced_steps(shape, prompt_tokens, config)
+    footprints = predict(shape, config, steps, backend=backend, compact=compact)
     return max(footprint.total_bytes for footprint in footprints)
 
 

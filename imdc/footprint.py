@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from imdc.config import PrefillConfig
 from imdc.modelshape import ModelShape
 from imdc.phases import Layers, Phase, Work, phases
-from imdc.schedule import MemoryCost, Step, tail_rows
+from imdc.schedule import MemoryCost, Step, build_steps, tail_rows
 
 KINDS = ("weights", "memory", "workspace", "activations", "attention", "scoring", "logits")
 
@@ -110,7 +110,7 @@ def _own(running: Layers, phase: Phase) -> int:
 
     The first or the last layer is the one that counts.
     """
-    own = {"before": running.before, "both": running.before + running.after, "after": running.after}
+    own = {"before": running.before, "none": 0, "after": running.after}
     return own[phase.layer_memory] - max(running.before, running.after)
 
 
@@ -134,18 +134,36 @@ def _moved_bytes(work: Work) -> int:
     return weights + shape.full_layers * shape.kv_bytes_per_token * (step.memory_before + step.memory_after)
 
 
-def memory_cost(
-    shape: ModelShape, config: PrefillConfig, chunk_tokens: int, *, backend: str, compact: bool
-) -> MemoryCost:
+def balanced_steps(
+    shape: ModelShape,
+    prompt_tokens: int,
+    config: PrefillConfig,
+    *,
+    stored_tokens: int = 0,
+    chunk_tokens: int | None = None,
+) -> tuple[Step, ...]:
+    """The steps in which a model of that shape reads a prompt: `build_steps` with what the config balances.
+
+    Args, returns and errors are those of `imdc.schedule.build_steps`.
+    """
+    chunk = config.chunk_tokens if chunk_tokens is None else chunk_tokens
+    cost = None
+    if config.schedule == "imdc" and config.balance == "bytes" and isinstance(chunk, int) and chunk > 0:
+        cost = memory_cost(shape, config, chunk)
+    return build_steps(prompt_tokens, config, stored_tokens=stored_tokens, chunk_tokens=chunk_tokens, cost=cost)
+
+
+def memory_cost(shape: ModelShape, config: PrefillConfig, chunk_tokens: int) -> MemoryCost:
     """What a KV pair of memory weighs in bytes against a token of the chunk, for byte-balanced "imdc" chunks.
 
     A pair that is kept takes its place in all layers, one that is attended to in the workspace; a chunk token takes
-    what the step's peak grows by from C to 2C.
+    what the step's peak grows by from C to 2C. Temporaries are the Triton backend's whatever runs, so that the steps
+    of a prompt are the same on every machine.
     """
 
     def peak(chunk: int) -> int:
         step = Step(0, 0, chunk, config.memory_tokens, config.memory_tokens)
-        work = Work(shape, config, step, 0, False, backend, compact)
+        work = Work(shape, config, step, 0, False, "triton", False)
         return _peak(work, work.keys).above_weights
 
     token = max(1.0, (peak(2 * chunk_tokens) - peak(chunk_tokens)) / chunk_tokens)

@@ -191,7 +191,8 @@ class ModelShape:
         for tensor in tensors:
             storages[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
         shape = cls.from_config(model.config)
-        dtype = str(model.dtype).rpartition(".")[2]
+        # What the embedding gives runs through the model, also where its other weights are quantised.
+        dtype = _dtype_name(model.get_input_embeddings().weight)
         return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=DTYPE_BYTES[dtype])
 
 
@@ -233,13 +234,14 @@ def _partial_rotary(config: Any, rope: Any) -> float:
     return 1.0 if share is None else float(share)
 
 
-def _dtype_name(config: Any) -> str:
-    value = getattr(config, "dtype", None)
+def _dtype_name(source: Any) -> str:
+    """Name of the `dtype` of a config or tensor."""
+    value = getattr(source, "dtype", None)
     if value is None:
-        value = getattr(config, "torch_dtype", None)
+        value = getattr(source, "torch_dtype", None)
     name = "float32" if value is None else str(value).rpartition(".")[2]
     if name not in DTYPE_BYTES:
-        raise UnsupportedModelError(f"the config has dtype {name!r}; a plan knows {', '.join(sorted(DTYPE_BYTES))}")
+        raise UnsupportedModelError(f"the model has dtype {name!r}; a plan knows {', '.join(sorted(DTYPE_BYTES))}")
     return name
 
 

@@ -8,7 +8,7 @@ prompt tail, r = c + t, T = memory_before + r, b bytes per element, H hidden, I 
     rotary      r * b * (3 H + 4 Q + 2 K)  queries, their two products, half-swapped copy or sum; keys, values
     attention   r * b * (3 H + Q + 2 K)    and what the backend needs, see `_attention`
     scoring     the same, output, log-sum-exp and what the observer needs, see `_scoring`
-    compaction  the same, and the layer's old and new memory side by side
+    compaction  the same, and what says which keys are kept
     output      r * b * (4 H + 3 Q + 2 K)  attention output, its copy in row order, the projection
     mlp         r * b * (4 H + 3 I)        embedding, layer input, residual, norm; gate, up, product
     head        r * (2 b H + 8 H), b V     the last step's final norm, one row of logits
@@ -34,7 +34,8 @@ _SCORE_BLOCK = 4 * 2**20
 class Phase:
     """Bytes besides memory and workspace, by kind.
 
-    `layer_memory` says which part of the running layer's memory exists: "before", "both" or "after".
+    `layer_memory` says which memory of the running layer exists: that from "before", "none" while the workspace alone
+    holds it, or that from "after".
     """
 
     name: str
@@ -123,15 +124,15 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
 
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
     turned, turning, own = _attention(work, layers)
-    yield Phase("attention", states, max(turning, turned + own))
+    yield Phase("attention", states, max(turning, turned + own), layer_memory="none")
     output = turned + unit * queries + 4 * rows * shape.q_heads
     chosen = 0
     if work.drops and layers.window is None:
-        yield Phase("scoring", states, output, _scoring(work))
+        yield Phase("scoring", states, output, _scoring(work), layer_memory="none")
         # Scores, and the kept indices: the reference's are a column of three.
         index = 8 if work.backend in ("triton", "flash") else 24
         chosen = shape.kv_heads * (4 * work.step.attended_tokens + index * layers.after)
-    yield Phase("compaction", states, output, chosen, layer_memory="both")
+    yield Phase("compaction", states, output, chosen, layer_memory="after")
     yield Phase("output", states + unit * (hidden + queries), unit * queries, layer_memory="after")
     yield Phase("mlp", unit * (inputs + hidden + _mlp_widths(shape)), layer_memory="after")
     if work.last:

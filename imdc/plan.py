@@ -8,10 +8,10 @@ from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
 from imdc.fit import execution, fit_chunk, limit_bytes, with_chunk
-from imdc.footprint import StepFootprint, predict, predict_unpatched
+from imdc.footprint import StepFootprint, balanced_steps, predict, predict_unpatched
 from imdc.hardware import Gpu
 from imdc.modelshape import ModelShape
-from imdc.schedule import Step, build_steps
+from imdc.schedule import Step
 from imdc.units import format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
@@ -204,7 +204,7 @@ def plan_shape(
         limit = limit_bytes(config, device_bytes)
         config = with_chunk(config, fit_chunk(shape, prompt_tokens, config, limit, device=device))
     backend, compact = execution(shape, prompt_tokens, config, device)
-    steps = build_steps(prompt_tokens, config)
+    steps = balanced_steps(shape, prompt_tokens, config)
     footprints = predict(shape, config, steps, backend=backend, compact=compact)
     return Plan(
         prompt_tokens=prompt_tokens,

@@ -15,11 +15,13 @@ from imdc.backends import Backend
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.families import Parts
+from imdc.footprint import balanced_steps
 from imdc.kernels.reference import rotate
+from imdc.modelshape import ModelShape
 from imdc.observers import get_observer
 from imdc.report import StepReport
 from imdc.rows import Row
-from imdc.schedule import Step, build_steps, tail_rows
+from imdc.schedule import Step, tail_rows
 
 OnStep = Callable[[StepReport], None]
 
@@ -51,6 +53,7 @@ class Reader:
         """`forward` is the model's own; `chunk` replaces the config's chunk_tokens where it is not None."""
         self.parts, self.config, self.forward = parts, config, forward
         self.backend, self.chunk, self.on_step = backend, chunk, on_step
+        self.shape = ModelShape.from_model(parts.model)
         self.workspace = Workspace()
         self.observer = get_observer(config.observer)
         self.reports: list[StepReport] = []
@@ -60,7 +63,7 @@ class Reader:
         """Read `ids` int64 [n] into `row`; returns the model's output for the last token."""
         full = [layer for layer, window in enumerate(self.parts.windows) if window is None]
         stored = row.stored(full[0]) if full else 0
-        steps = build_steps(ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
+        steps = balanced_steps(self.shape, ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
         tails = [tail_rows(step, ids.numel(), self.config) for step in steps]
         self._check_window(row, steps, tails)
         if row.compact and row.tokens:

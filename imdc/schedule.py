@@ -16,11 +16,12 @@ another one. Memory follows a target that ends at M:
 No target is below the sinks and recent tokens that are always kept, nor below what a second turn finds stored.
 
 Chunks of "fm", "im" and "full" are equal (they differ by one token at most). Those of "imdc" shrink as the target
-grows, so that m_(i-1) + c_i is the same level L at every step after the first, which reads N / n. Without limits that
-is c_i = N/n + mean(m_0..m_(n-2)) - m_(i-1), the token-balanced rule of the IMDC paper (Incremental Memory and
-Decremental Chunk). Its last chunks turn negative where M is large against C, so here no chunk is smaller than a
-quarter of N / n, and L is solved for: the level at which the n chunks cover the prompt exactly. With a `MemoryCost`
-the same is done in another unit, w_b * m_(i-1) + w_a * m_i + c_i = L; the M + C below still holds.
+grows, so that memory and chunk add up to the same level L at every step. In tokens that is m_(i-1) + c_i = L after a
+first step that reads N / n: without limits c_i = N/n + mean(m_0..m_(n-2)) - m_(i-1), the rule of the IMDC paper
+(Incremental Memory and Decremental Chunk). A `MemoryCost` weighs KV pairs against tokens of the chunk, as a model's
+bytes do: w_b * m_(i-1) + w_a * m_i + c_i = L, from the first step on. Either rule turns negative where the memory is
+large against the chunk, so here no chunk is smaller than `least_chunk` says, and L is solved for: the level at which
+the n chunks cover the prompt exactly. The M + C below holds in either unit.
 
 What holds for every N, M, C, growth and stored cache:
 
@@ -40,9 +41,9 @@ from dataclasses import dataclass
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 
-# Smaller chunks would leave the matrix products of a GPU idle, larger ones keep IMDC from balancing: at N = 64C
-# and M = 8C a half gives 1.75 times fewer query-key pairs than FM, a quarter 1.84 and an eighth 1.88.
-_LEAST_SHARE = 4
+# Below some hundred tokens a step takes as long as reading the weights does, however few they are. Larger chunks keep
+# IMDC from levelling: SmolLM2's peak at M = 1.8C falls by 19% with a quarter and by 24% with a sixteenth.
+_LEAST_SHARE, _LEAST_TOKENS, _LEAST_OF_LARGE = 4, 128, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,16 @@ def tail_rows(step: Step, prompt_tokens: int, config: PrefillConfig) -> int:
 class MemoryCost:
     """What one KV pair of memory weighs against one token of the chunk, for balancing "imdc".
 
-    `before` counts the memory that a step starts with, `after` what it leaves. The default is the paper's rule, in
-    which both are tokens; `imdc.footprint.memory_cost` weighs them by bytes.
+    `before` counts the memory that a step starts with, `after` what it leaves; see `imdc.footprint.memory_cost`.
     """
 
-    before: float = 1.0
-    after: float = 0.0
+    before: float
+    after: float
 
 
-TOKENS = MemoryCost()
+def least_chunk(mean: int) -> int:
+    """The smallest chunk of "imdc" besides the last, for a mean chunk of `mean` tokens."""
+    return max(1, mean // _LEAST_OF_LARGE, min(_LEAST_TOKENS, mean // _LEAST_SHARE))
 
 
 def build_steps(
@@ -107,7 +109,7 @@ def build_steps(
     *,
     stored_tokens: int = 0,
     chunk_tokens: int | None = None,
-    cost: MemoryCost = TOKENS,
+    cost: MemoryCost | None = None,
 ) -> tuple[Step, ...]:
     """The steps in which `prompt_tokens` new tokens are read.
 
@@ -116,7 +118,7 @@ def build_steps(
         config: the options; `chunk_tokens` must be a number there or be given here.
         stored_tokens: KV pairs that the cache already holds (a second turn); may exceed `memory_tokens`.
         chunk_tokens: mean chunk size in place of the config's, for a planner that has chosen one.
-        cost: in which unit "imdc" balances memory and chunk.
+        cost: what "imdc" balances; None is the paper's rule, in tokens.
 
     Returns:
         The steps in order; see the module's text for what holds for them.
@@ -165,9 +167,9 @@ class _Schedule:
         self.stored_tokens = stored_tokens
         self.budget = memory + chunk
         # The first chunk makes room for a cache that holds more than M already.
-        room = max(1, chunk // _LEAST_SHARE, self.budget - stored_tokens)
+        self.room = max(1, chunk // _LEAST_SHARE, self.budget - stored_tokens)
         self.count = math.ceil(prompt_tokens / chunk)
-        self.first = min(math.ceil(prompt_tokens / self.count), room)
+        self.first = min(math.ceil(prompt_tokens / self.count), self.room)
         if prompt_tokens > self.first:
             self.count = 1 + math.ceil((prompt_tokens - self.first) / chunk)
         # A prompt that fits is not cut at all; of any other exactly this many KV pairs go, and memory ends at M.
@@ -182,7 +184,7 @@ class _Schedule:
             return [self.first]
         return [self.first, *_equal_chunks(self.prompt_tokens - self.first, self.count - 1)]
 
-    def balanced(self, cost: MemoryCost) -> list[int]:
+    def balanced(self, cost: MemoryCost | None) -> list[int]:
         """Chunks that with their memory, weighed by `cost`, add up to one level: the one that covers the prompt.
 
         The number of tokens read rises with the level: first in whole steps (the lowest level that reads enough at all
@@ -190,22 +192,24 @@ class _Schedule:
         """
         if self.count == 1:
             return [self.first]
-        rest = self.prompt_tokens - self.first
-        least = max(1, rest // (self.count - 1) // _LEAST_SHARE)
-        pairs = list(zip(self.targets, self.targets[1:], strict=False))
-        weights = [cost.before * before + cost.after * after for before, after in pairs]
-        rooms = [self.budget - before for before, _ in pairs]
+        pairs = list(zip([self.stored_tokens, *self.targets], self.targets, strict=False))
+        rooms = [self.room, *(self.budget - before for before, _ in pairs[1:])]
+        weights = [cost.before * before + cost.after * after if cost else float(before) for before, after in pairs]
+        # The paper's first chunk is N / n.
+        fixed = [] if cost else [self.first]
+        rest, rooms, weights = self.prompt_tokens - sum(fixed), rooms[len(fixed) :], weights[len(fixed) :]
+        least = least_chunk(rest // len(rooms))
 
         def chunks(level: int, raised: int) -> list[int]:
             return [
-                max(least, min(room, math.floor(level + (index < raised) - weight)))
+                min(room, max(least, math.floor(level + (index < raised) - weight)))
                 for index, (weight, room) in enumerate(zip(weights, rooms, strict=True))
             ]
 
         highest = self.budget + math.ceil(max(weights))
         level = _lowest(0, highest, lambda level: sum(chunks(level, 0)) >= rest)
-        raised = _lowest(0, len(pairs), lambda raised: sum(chunks(level - 1, raised)) >= rest)
-        return [self.first, *chunks(level - 1, raised)]
+        raised = _lowest(0, len(rooms), lambda raised: sum(chunks(level - 1, raised)) >= rest)
+        return [*fixed, *chunks(level - 1, raised)]
 
     def steps(self, chunks: Sequence[int]) -> tuple[Step, ...]:
         """The steps of these chunks: memory follows the targets as far as there is something to keep, or to drop."""

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
 from imdc.config import PrefillConfig
-from imdc.footprint import memory_cost, predict, predict_unpatched
+from imdc.footprint import balanced_steps, memory_cost, predict, predict_unpatched
 from imdc.modelshape import ModelShape
 from imdc.profiler import measure, measure_unpatched
 from imdc.schedule import attention_pairs, build_steps
@@ -108,23 +108,35 @@ def test_peak_rises_with_chunk_and_memory() -> None:
     assert peak(memory_tokens=1024) < peak() < peak(memory_tokens=4096)
 
 
-def test_imdc_takes_less_than_fm_and_bytes_balance_better_than_tokens() -> None:
+@pytest.mark.parametrize(("tokens", "chunk"), [(8192, 512), (16_384, 1024), (131_072, 4096)])
+def test_imdc_takes_less_than_fm_and_bytes_balance_better_than_tokens(tokens: int, chunk: int) -> None:
     """At M = 1.8 C the peak above the weights falls by 23.3 per cent, the paper's figure, when bytes are balanced."""
-    config = PrefillConfig(memory_tokens=1843, chunk_tokens=1024)
-    cost = memory_cost(LLAMA_8B, config, 1024, backend="triton", compact=False)
+    config = PrefillConfig(memory_tokens=round(1.8 * chunk), chunk_tokens=chunk)
 
-    def peak(schedule: str, **options: Any) -> int:
-        chosen = replace(config, schedule=schedule)
-        return max(step.above_weights for step in predict(LLAMA_8B, chosen, build_steps(65_536, chosen, **options)))
+    def peak(**options: Any) -> int:
+        chosen = replace(config, **options)
+        steps = balanced_steps(LLAMA_8B, tokens, chosen)
+        return max(step.above_weights for step in predict(LLAMA_8B, chosen, steps))
 
-    fm, tokens, balanced = peak("fm"), peak("imdc"), peak("imdc", cost=cost)
-    assert balanced < tokens < fm
-    assert 1 - balanced / fm > 0.233
+    fm, by_tokens, by_bytes = peak(schedule="fm"), peak(balance="tokens"), peak()
+    assert by_bytes < by_tokens < fm
+    assert 1 - by_bytes / fm > 0.233
+
+
+def test_balanced_steps_are_the_papers_where_tokens_are_balanced() -> None:
+    config = PrefillConfig(memory_tokens=2048, chunk_tokens=1024, balance="tokens")
+    assert balanced_steps(LLAMA_8B, 32_768, config) == build_steps(32_768, config)
+    equal = replace(config, schedule="im", balance="bytes")
+    assert balanced_steps(LLAMA_8B, 32_768, equal) == build_steps(32_768, equal)
+    weighed = replace(config, balance="bytes")
+    cost = memory_cost(LLAMA_8B, weighed, 512)
+    expected = build_steps(32_768, weighed, stored_tokens=700, chunk_tokens=512, cost=cost)
+    assert balanced_steps(LLAMA_8B, 32_768, weighed, stored_tokens=700, chunk_tokens=512) == expected
 
 
 def test_memory_cost_is_the_ratio_of_bytes() -> None:
     config = PrefillConfig(memory_tokens=4096, chunk_tokens=2048)
-    cost = memory_cost(LLAMA_8B, config, 2048, backend="triton", compact=False)
+    cost = memory_cost(LLAMA_8B, config, 2048)
     pair = 2 * 8 * 128 * 2
     # A chunk token holds four states and three MLP rows, its place in the workspace, tables, id and position.
     token = 2 * (4 * 4096 + 3 * 14336) + pair + 2 * 2 * 128 + 16

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import imdc
 from imdc.attention import StepRun
-from imdc.config import GROWTHS, OBSERVERS, SCHEDULES
+from imdc.config import BALANCES, GROWTHS, OBSERVERS, SCHEDULES
 from imdc.errors import UnsupportedCallError
 from imdc.layers import MemoryLayer
 
@@ -229,6 +229,7 @@ def calls(draw: st.DrawFn) -> Call:
     options = {
         "schedule": draw(st.sampled_from(SCHEDULES)),
         "growth": draw(st.sampled_from(GROWTHS)),
+        "balance": draw(st.sampled_from(BALANCES)),
         "observer": draw(st.sampled_from(OBSERVERS)),
         "positions": draw(st.sampled_from(["original", "compact", "auto"])),
         "memory_tokens": memory,

@@ -75,7 +75,7 @@ def test_plan_prints_a_table() -> None:
         "llama, 32 layers, bfloat16: 131,072 tokens by 'imdc' in 64 steps, memory 4,096, mean chunk 2,048"
     )
     assert lines[1].split() == ["step", "from", "token", "chunk", "memory", "before", "after", "predicted", "peak"]
-    assert lines[2].split()[:5] == ["0", "0", "2,048", "0", "1,024"]
+    assert lines[2].split()[:5] == ["0", "0", "3,763", "0", "1,024"]
     assert len({len(line) for line in lines[1:27]}) == 1
     assert "weights 15.0 GiB" in text
     assert "cache after the prefill 512 MiB, of the whole prompt 16.0 GiB" in text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from imdc.config import GROWTHS, PrefillConfig
 from imdc.errors import ConfigError
-from imdc.schedule import MemoryCost, Step, attention_pairs, build_steps
+from imdc.schedule import MemoryCost, Step, attention_pairs, build_steps, least_chunk
 
 COMPRESSING = ("imdc", "im", "fm")
 
@@ -191,15 +191,20 @@ def test_any_memory_cost_keeps_coverage_budget_and_order(
 def test_memory_cost_levels_the_weighed_sum() -> None:
     config = _config("imdc", 2000, 1000, initial_memory=500)
     steps = build_steps(20_000, config, cost=MemoryCost(before=0.5, after=1.0))
-    levels = [0.5 * s.memory_before + s.memory_after + s.chunk_tokens for s in steps[1:] if s.chunk_tokens > 250]
+    levels = [0.5 * s.memory_before + s.memory_after + s.chunk_tokens for s in steps if s.chunk_tokens > 128]
     assert len(levels) > len(steps) // 2
     assert max(levels) - min(levels) <= 2
+
+
+@pytest.mark.parametrize(("mean", "least"), [(1, 1), (3, 1), (100, 25), (512, 128), (2048, 128), (4096, 256)])
+def test_least_chunk(mean: int, least: int) -> None:
+    assert least_chunk(mean) == least
 
 
 def test_large_memory_no_longer_yields_a_negative_chunk() -> None:
     # The authors' rule ends with a chunk of -227 here.
     steps = build_steps(5000, _config("imdc", 4096, 1024))
-    assert min(step.chunk_tokens for step in steps) == 250
+    assert min(step.chunk_tokens for step in steps) == 128
     assert steps[-1].memory_after == 4096
 
 

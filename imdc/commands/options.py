@@ -17,6 +17,7 @@ _PREFIX = "config_"
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": config_module.SCHEDULES,
     "growth": config_module.GROWTHS,
+    "balance": config_module.BALANCES,
     "observer": config_module.OBSERVERS,
     "layer_budget": config_module.LAYER_BUDGETS,
     "positions": config_module.POSITIONS,
