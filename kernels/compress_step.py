@@ -27,8 +27,9 @@ from ._launch import require_queries_and_keys
 from .chunk_attention import chunk_attention
 from .compact import compact
 from .key_mass import key_mass, require_scoring
+from .reference import require_selection
 from .rotate import require_rotation
-from .select import require_selection, select
+from .select import select
 
 
 def compress_step(

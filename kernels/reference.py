@@ -133,6 +133,20 @@ def pool(mass: Tensor, pool_kernel: int) -> Tensor:
     return torch.nn.functional.max_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
 
 
+def require_selection(keys: int, keep: int, sink_tokens: int, recent_tokens: int) -> None:
+    """Check how many of `keys` are to be kept.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+    for name, tokens in (("sink_tokens", sink_tokens), ("recent_tokens", recent_tokens)):
+        if tokens < 0:
+            raise ValueError(f"{name} = {tokens}: must be at least 0")
+    forced = sink_tokens + recent_tokens
+    if not forced <= keep <= keys:
+        raise ValueError(f"keep = {keep}: must be {forced} (sink_tokens + recent_tokens)..{keys} (the keys)")
+
+
 def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: int = 0) -> Tensor:
     """Indices of the `keep` best keys of every row, ascending; equal scores go to the lower index.
 
@@ -140,14 +154,20 @@ def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: in
 
     Args:
         scores: float32 [B, Hkv, T], finite.
-        keep: keys kept per KV head, sink_tokens + recent_tokens <= keep <= T.
-        sink_tokens: keys kept at the front.
-        recent_tokens: keys kept at the end.
+        keep: keys kept per KV head, sink_tokens + recent_tokens <= keep <= T; 0 gives an empty result.
+        sink_tokens: keys kept at the front, whatever their score.
+        recent_tokens: keys kept at the end, whatever their score.
 
     Returns:
         int64 [B, Hkv, keep].
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and its value.
     """
     total = scores.shape[-1]
+    require_selection(total, keep, sink_tokens, recent_tokens)
+    if keep == 0:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
     ranked = scores.clone()
     ranked[..., :sink_tokens] = float("inf")
     ranked[..., total - recent_tokens :] = float("inf")

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, Launch, power_of_two, require, require_tensor, strided
+from ._launch import INTERPRETED, Launch, power_of_two, require_tensor, strided
+from .reference import require_selection
 
 RESIDENT = 16384
 INTERPRETED_RESIDENT = 128  # small enough that small tests take every path
@@ -121,24 +122,12 @@ def plan_select(scores: Tensor, indices: Tensor, *, sink_tokens: int, recent_tok
     )
 
 
-def require_selection(keys: int, keep: int, sink_tokens: int, recent_tokens: int) -> None:
-    """Check how many of `keys` are to be kept.
-
-    Raises:
-        ValueError: naming the argument, its value and the rule.
-    """
-    require(sink_tokens >= 0, "sink_tokens", sink_tokens, "must be at least 0")
-    require(recent_tokens >= 0, "recent_tokens", recent_tokens, "must be at least 0")
-    forced = sink_tokens + recent_tokens
-    require(forced <= keep <= keys, "keep", keep, f"must be {forced} (sink_tokens + recent_tokens)..{keys} (the keys)")
-
-
 def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: int = 0) -> Tensor:
     """Indices of the `keep` best keys of every row, ascending; equal scores go to the lower index.
 
     Args:
         scores: float32 [B, Hkv, T], finite.
-        keep: keys kept per KV head, sink_tokens + recent_tokens <= keep <= T.
+        keep: keys kept per KV head, sink_tokens + recent_tokens <= keep <= T; 0 gives an empty result.
         sink_tokens: keys kept at the front, whatever their score.
         recent_tokens: keys kept at the end, whatever their score.
 

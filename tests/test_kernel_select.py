@@ -51,8 +51,11 @@ def test_rows_are_chosen_apart() -> None:
     check(torch.rand(2, 3, 50, generator=torch.Generator().manual_seed(3)), 20)
 
 
-def test_nothing_kept_is_an_empty_choice() -> None:
-    assert select(torch.zeros(2, 3, 10, device=DEVICE), 0).shape == (2, 3, 0)
+@pytest.mark.parametrize("choose", [select, reference.select], ids=["triton", "reference"])
+@pytest.mark.parametrize("total", [0, 10])
+def test_nothing_kept_is_an_empty_choice(choose: Any, total: int) -> None:
+    chosen = choose(torch.zeros(2, 3, total, device=DEVICE), 0)
+    assert chosen.shape == (2, 3, 0) and chosen.dtype == torch.int64 and chosen.device.type == DEVICE.type
 
 
 @pytest.mark.parametrize("total", LENGTHS)
@@ -86,6 +89,7 @@ def test_reads_a_slice() -> None:
     check(scores[..., :110], 70)
 
 
+@pytest.mark.parametrize("choose", [select, reference.select], ids=["triton", "reference"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,11 +98,12 @@ def test_reads_a_slice() -> None:
         ({"keep": 3, "sink_tokens": 2, "recent_tokens": 2}, r"keep = 3: must be 4 "),
         ({"keep": 3, "sink_tokens": -1}, r"sink_tokens = -1: must be at least 0"),
         ({"keep": 3, "recent_tokens": -2}, r"recent_tokens = -2"),
+        ({"keep": 0, "sink_tokens": 1}, r"keep = 0: must be 1 "),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(choose: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        select(torch.zeros(1, 2, 10, device=DEVICE), **arguments)
+        choose(torch.zeros(1, 2, 10, device=DEVICE), **arguments)
 
 
 def test_scores_of_another_dtype_are_refused() -> None:
