@@ -160,6 +160,46 @@ def strided(name: str, x: Tensor, strides: Sequence[str], passed: Any = None) ->
     return {name: x if passed is None else passed, **dict(zip(strides, x.stride(), strict=False))}
 
 
+def logit_arguments(
+    q: Tensor, k: Tensor, config: Config, *, scale: float, softcap: float | None, window: int | None
+) -> dict[str, Any]:
+    """Kernel arguments, in order, of what turns queries and keys into logits and of the blocks they come in.
+
+    Raises:
+        ValueError: the query heads of a KV head do not fit a block of rows.
+    """
+    group, dim = q.shape[1] // k.shape[1], q.shape[3]
+    rule = f"at most {config.rows} query heads per KV head fit this dtype and device; use the sdpa or reference backend"
+    require(group <= config.rows, "q.shape[1]", q.shape[1], rule)
+    return {
+        "scale": float(scale),
+        "softcap": float(softcap or 0.0),
+        "window": 0 if window is None else window,
+        "GROUP": group,
+        "D": dim,
+        "BLOCK_D": power_of_two(dim, least=16),
+        "BLOCK_M": config.rows,
+        "BLOCK_N": config.columns,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_WINDOW": window is not None,
+        "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
+    }
+
+
+def copy_arguments(x: Tensor, turned: int, rows: int) -> dict[str, Any]:
+    """Kernel arguments, in order, of `_device.copy_rows` in blocks of `rows` rows of `x`."""
+    dim = x.shape[-1]
+    return {
+        "D": dim,
+        "BLOCK_D": power_of_two(dim),
+        "TURNED": turned,
+        "BLOCK_H": power_of_two(max(1, turned // 2)),
+        "BLOCK_P": power_of_two(max(1, dim - turned)),
+        "BLOCK_T": rows,
+        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+    }
+
+
 def power_of_two(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least `size` and at least `least`."""
     return max(least, 1 << (size - 1).bit_length())
@@ -241,18 +281,6 @@ def require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     whole = kv_heads >= 1 and q_heads >= 1 and q_heads % kv_heads == 0
     require(whole, "q.shape[1]", q_heads, f"must be a positive multiple of the {kv_heads} KV heads")
     require(1 <= queries <= keys, "q.shape[2]", queries, f"must be 1..{keys}, the number of keys")
-
-
-def require_group(q: Tensor, k: Tensor, config: Config) -> int:
-    """The number of query heads per KV head, all of which a block of rows has to hold.
-
-    Raises:
-        ValueError: the group is larger than the block.
-    """
-    group = q.shape[1] // k.shape[1]
-    rule = f"at most {config.rows} query heads per KV head fit this dtype and device; use the sdpa or reference backend"
-    require(group <= config.rows, "q.shape[1]", q.shape[1], rule)
-    return group
 
 
 def require_logits(scale: float, softcap: float | None, window: int | None) -> None:

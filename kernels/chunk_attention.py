@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ._device import LN2, LOG2E, rounded, soft_capped, widened
 from ._launch import (
-    INTERPRETED,
     INTERPRETER,
     Config,
     Launch,
@@ -32,9 +31,9 @@ from ._launch import (
     aligned,
     descriptor,
     first_that_fits,
+    logit_arguments,
     power_of_two,
     require_apart,
-    require_group,
     require_logits,
     require_queries_and_keys,
     require_same_device,
@@ -105,9 +104,9 @@ def _chunk_attention_kernel(
     v, stride_vb, stride_vh, stride_vt,
     out, stride_ob, stride_oh, stride_oq,
     lse, stride_lb, stride_lh,
-    scale, softcap, window, queries, keys, kv_heads, kv_rows,
+    queries, keys, kv_heads, kv_rows, scale, softcap, window,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -203,38 +202,27 @@ def plan_chunk_attention(
     config: Config | None = None,
 ) -> Launch:
     """The launch of `chunk_attention` for checked arguments; `config` overrides the table."""
-    batch, _, queries, dim = q.shape
+    batch, _, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    block_d = power_of_two(dim, least=16)
     if config is None:
         config = first_that_fits(_candidates(q, k, v, target), target)
-    group = require_group(q, k, config)
-    passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
+    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap, window=window)
+    passed_k, passed_v = (descriptor(x, config.columns, logits["BLOCK_D"]) if config.descriptors else x for x in (k, v))
     return Launch(
         kernel=_chunk_attention_kernel,
-        grid=(batch * kv_heads * triton.cdiv(queries, config.rows // group),),
+        grid=(batch * kv_heads * triton.cdiv(queries, config.rows // logits["GROUP"]),),
         arguments={
             **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt"), passed_k),
             **strided("v", v, ("stride_vb", "stride_vh", "stride_vt"), passed_v),
             **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
             **strided("lse", lse, ("stride_lb", "stride_lh")),
-            "scale": float(scale),
-            "softcap": float(softcap or 0.0),
-            "window": 0 if window is None else window,
             "queries": queries,
             "keys": keys,
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
-            "GROUP": group,
-            "D": dim,
-            "BLOCK_D": block_d,
-            "BLOCK_M": config.rows,
-            "BLOCK_N": config.columns,
-            "HAS_SOFTCAP": softcap is not None,
-            "HAS_WINDOW": window is not None,
+            **logits,
             "DESCRIPTORS": config.descriptors,
-            "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

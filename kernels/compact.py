@@ -21,10 +21,9 @@ from torch import Tensor
 from ._device import copy_rows
 from ._launch import (
     FLOATS,
-    INTERPRETED,
     MAX_HEAD_SIZE,
     Launch,
-    power_of_two,
+    copy_arguments,
     require,
     require_apart,
     require_same_device,
@@ -50,9 +49,11 @@ def _compact_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.cast(tl.program_id(1) // heads, tl.int64)
-    i_h = tl.cast(tl.program_id(1) % heads, tl.int64)
-    o_t = tl.cast(tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.int64)
+    blocks = tl.cdiv(keep, BLOCK_T)
+    i_row = tl.program_id(0) // blocks
+    i_b = tl.cast(i_row // heads, tl.int64)
+    i_h = tl.cast(i_row % heads, tl.int64)
+    o_t = tl.cast(tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T), tl.int64)
     m_t = o_t < keep
     o_kept = tl.load(indices + i_b * stride_ib + i_h * stride_ih + o_t, mask=m_t, other=0)
     copy_rows(
@@ -88,11 +89,9 @@ def plan_compact(
 ) -> Launch:
     """The launch of `compact` for checked arguments."""
     batch, heads, keep = indices.shape
-    dim = k.shape[3]
-    turned = 0 if cos is None else cos.shape[1]
     return Launch(
         kernel=_compact_kernel,
-        grid=(triton.cdiv(keep, BLOCK), batch * heads),
+        grid=(batch * heads * triton.cdiv(keep, BLOCK),),
         arguments={
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
             **strided("v", v, ("stride_vb", "stride_vh", "stride_vt")),
@@ -103,13 +102,7 @@ def plan_compact(
             **strided("new_v", new_v, ("stride_wb", "stride_wh", "stride_wt")),
             "keep": keep,
             "heads": heads,
-            "D": dim,
-            "BLOCK_D": power_of_two(dim),
-            "TURNED": turned,
-            "BLOCK_H": power_of_two(max(1, turned // 2)),
-            "BLOCK_P": power_of_two(max(1, dim - turned)),
-            "BLOCK_T": BLOCK,
-            "UPCAST": INTERPRETED and k.dtype == torch.bfloat16,
+            **copy_arguments(k, 0 if cos is None else cos.shape[1], BLOCK),
         },
         num_warps=4,
         num_stages=1,

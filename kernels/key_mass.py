@@ -25,15 +25,14 @@ from torch import Tensor
 
 from ._device import LOG2E, soft_capped, widened
 from ._launch import (
-    INTERPRETED,
     INTERPRETER,
     Config,
     Launch,
     Target,
     first_that_fits,
+    logit_arguments,
     power_of_two,
     require,
-    require_group,
     require_logits,
     require_queries_and_keys,
     require_same_device,
@@ -56,8 +55,8 @@ def _key_mass_kernel(
     k, stride_kb, stride_kh, stride_kt,
     lse, stride_lb, stride_lh,
     mass, stride_mb, stride_mh,
-    scale, softcap, window, observers, queries, keys, scored, kv_heads, kv_rows,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    observers, queries, keys, scored, kv_heads, kv_rows, scale, softcap, window,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -150,9 +149,9 @@ def plan_key_mass(
     batch, _, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     scored = mass.shape[2]
-    block_d = power_of_two(dim, least=16)
-    config = config or first_that_fits(_candidates(q.element_size(), block_d, target), target)
-    group = require_group(q, k, config)
+    if config is None:
+        config = first_that_fits(_candidates(q.element_size(), power_of_two(dim, least=16), target), target)
+    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap, window=window)
     return Launch(
         kernel=_key_mass_kernel,
         grid=(batch * kv_heads * triton.cdiv(scored, config.columns),),
@@ -161,23 +160,13 @@ def plan_key_mass(
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
             **strided("lse", lse, ("stride_lb", "stride_lh")),
             **strided("mass", mass, ("stride_mb", "stride_mh")),
-            "scale": float(scale),
-            "softcap": float(softcap or 0.0),
-            "window": 0 if window is None else window,
             "observers": rows,
             "queries": queries,
             "keys": keys,
             "scored": scored,
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
-            "GROUP": group,
-            "D": dim,
-            "BLOCK_D": block_d,
-            "BLOCK_N": config.columns,
-            "BLOCK_M": config.rows,
-            "HAS_SOFTCAP": softcap is not None,
-            "HAS_WINDOW": window is not None,
-            "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
+            **logits,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -25,9 +25,11 @@ BLOCK = 256
 def _pool_kernel(
     mass, stride_mb, stride_mh, pooled, stride_pb, stride_ph, keys, heads, reach, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    i_b = tl.cast(tl.program_id(1) // heads, tl.int64)
-    i_h = tl.cast(tl.program_id(1) % heads, tl.int64)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(keys, BLOCK_N)
+    i_row = tl.program_id(0) // blocks
+    i_b = tl.cast(i_row // heads, tl.int64)
+    i_h = tl.cast(i_row % heads, tl.int64)
+    o_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     p_mass = mass + i_b * stride_mb + i_h * stride_mh + o_n
     b_best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for shift in range(-reach, reach + 1):
@@ -41,7 +43,7 @@ def plan_pool(mass: Tensor, pooled: Tensor, *, pool_kernel: int) -> Launch:
     batch, heads, keys = mass.shape
     return Launch(
         kernel=_pool_kernel,
-        grid=(triton.cdiv(keys, BLOCK), batch * heads),
+        grid=(batch * heads * triton.cdiv(keys, BLOCK),),
         arguments={
             **strided("mass", mass, ("stride_mb", "stride_mh")),
             **strided("pooled", pooled, ("stride_pb", "stride_ph")),

@@ -21,10 +21,9 @@ from torch import Tensor
 from ._device import copy_rows
 from ._launch import (
     FLOATS,
-    INTERPRETED,
     MAX_HEAD_SIZE,
     Launch,
-    power_of_two,
+    copy_arguments,
     require,
     require_apart,
     require_same_device,
@@ -46,9 +45,11 @@ def _rotate_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.cast(tl.program_id(1) // heads, tl.int64)
-    i_h = tl.cast(tl.program_id(1) % heads, tl.int64)
-    o_t = tl.cast(tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.int64)
+    blocks = tl.cdiv(keys, BLOCK_T)
+    i_row = tl.program_id(0) // blocks
+    i_b = tl.cast(i_row // heads, tl.int64)
+    i_h = tl.cast(i_row % heads, tl.int64)
+    o_t = tl.cast(tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T), tl.int64)
     copy_rows(
         x + i_b * stride_xb + i_h * stride_xh + o_t * stride_xt,
         out + i_b * stride_ob + i_h * stride_oh + o_t * stride_ot,
@@ -66,11 +67,10 @@ def _rotate_kernel(
 
 def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
     """The launch of `rotate` for checked arguments."""
-    batch, heads, keys, dim = x.shape
-    turned = cos.shape[-1]
+    batch, heads, keys, _ = x.shape
     return Launch(
         kernel=_rotate_kernel,
-        grid=(triton.cdiv(keys, BLOCK), batch * heads),
+        grid=(batch * heads * triton.cdiv(keys, BLOCK),),
         arguments={
             **strided("x", x, ("stride_xb", "stride_xh", "stride_xt")),
             **strided("out", out, ("stride_ob", "stride_oh", "stride_ot")),
@@ -78,13 +78,7 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
             **strided("sin", sin, ("stride_st",)),
             "keys": keys,
             "heads": heads,
-            "D": dim,
-            "BLOCK_D": power_of_two(dim),
-            "TURNED": turned,
-            "BLOCK_H": power_of_two(turned // 2),
-            "BLOCK_P": power_of_two(dim - turned) if dim > turned else 1,
-            "BLOCK_T": BLOCK,
-            "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+            **copy_arguments(x, cos.shape[1], BLOCK),
         },
         num_warps=4,
         num_stages=1,

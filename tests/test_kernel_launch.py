@@ -15,6 +15,11 @@ pytest.importorskip("triton")
 
 from imdc.kernels._launch import Config, aligned, first_that_fits, require_apart, require_tensor, target
 from imdc.kernels.chunk_attention import plan_chunk_attention
+from imdc.kernels.compact import plan_compact
+from imdc.kernels.key_mass import plan_key_mass
+from imdc.kernels.pool import plan_pool
+from imdc.kernels.rotate import plan_rotate
+from imdc.kernels.select import plan_select
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +85,23 @@ def test_every_chip_has_a_configuration(chip: tuple[int, int], dtype: torch.dtyp
     for softcap in (None, 50.0):
         launch = plan_chunk_attention(q, k, k, q, lse, scale=1.0, softcap=softcap, window=None, target=target(*chip))
         assert list(launch.arguments) == [parameter for parameter in launch.kernel.arg_names]
+
+
+def test_programs_are_counted_where_the_grid_has_room() -> None:
+    # A grid takes 2^31 - 1 programs along x but 65,535 along y: a batch of short rows has more of those.
+    wide = torch.empty(70_000, 1, 64, 16, device="meta")
+    indices = torch.empty(70_000, 1, 40, dtype=torch.int64, device="meta")
+    cos, lse = torch.empty(64, 16, device="meta"), torch.empty(70_000, 1, 64, device="meta")
+    logits = {"scale": 1.0, "softcap": None, "window": None, "target": target(9, 0)}
+    for launch in (
+        plan_chunk_attention(wide, wide, wide, wide, lse, **logits),
+        plan_key_mass(wide, wide, lse, lse, rows=1, **logits),
+        plan_pool(lse, lse, pool_kernel=3),
+        plan_select(lse, indices, sink_tokens=0, recent_tokens=0),
+        plan_compact(wide, wide, indices, None, None, wide[:, :, :40], wide[:, :, :40]),
+        plan_rotate(wide, cos, cos, wide),
+    ):
+        assert launch.grid[0] >= 70_000 and all(size == 1 for size in launch.grid[1:]), launch.kernel
 
 
 def test_a_group_larger_than_a_block_is_named() -> None:
