@@ -52,7 +52,7 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int) -
             q, k, v, rows=rows, scored_keys=scored, pool_kernel=pool_kernel, cos=cos, sin=sin, **chosen, **case.logits
         )
     truth, _ = attention_oracle(q, k, v, **case.logits)
-    assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0)
+    assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0, softcap=case.softcap)
 
     exact = mass_of(q.double(), k.double(), rows=rows, **case.logits)[..., :scored]
     exact = reference.pool(exact, pool_kernel)
@@ -61,8 +61,9 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int) -
     kept = torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, indices, True)
     least_kept = exact.masked_fill(~kept, float("inf")).amin(dim=-1)
     best_dropped = exact.masked_fill(kept, 0.0).amax(dim=-1)
-    # Scores closer than float32 tells apart may change places.
-    assert (best_dropped <= least_kept * (1 + 1e-5)).all()
+    # Scores closer than float32 tells apart may change places; a cap multiplies the error of its logits.
+    tied = 1e-5 if case.softcap is None else 1e-4
+    assert (best_dropped <= least_kept * (1 + tied)).all()
 
     expected_k, expected_v = reference.compact(k, v, indices, cos=cos, sin=sin)
     torch.testing.assert_close(new_k, expected_k, rtol=0.0, atol=2e-6 if dtype == torch.float32 else 0.0)
