@@ -49,6 +49,48 @@ def check_generate(options: GenerationConfig, model_kwargs: dict[str, Any], defa
         raise UnsupportedCallError("inputs_embeds is not supported: observers re-read token ids; pass input_ids")
 
 
+def check_history(held: int, given: int) -> None:
+    """Refuse a turn whose text ends before what the cache holds; transformers would read only a part of it.
+
+    Args:
+        held: tokens of earlier turns that the cache has seen.
+        given: columns of the call's attention mask, or of its input_ids.
+
+    Raises:
+        UnsupportedCallError: the call has nothing new.
+    """
+    if given <= held:
+        raise UnsupportedCallError(
+            f"the call speaks of {given} tokens, past_key_values already holds {held}; pass the whole conversation as "
+            f"input_ids, or the new tokens with an attention_mask for the whole conversation"
+        )
+
+
+def check_positions(named: dict[str, Any]) -> None:
+    """Refuse position_ids of the caller's own: those that do not count the tokens of a prompt one by one.
+
+    Args:
+        named: the arguments of a forward call that reads a prompt.
+
+    Raises:
+        UnsupportedCallError: positions that imdc would replace by its own.
+    """
+    positions, mask = named.get("position_ids"), named.get("attention_mask")
+    if positions is None:
+        return
+    steps = positions.diff() == 1
+    if mask is not None and mask.ndim == 2 and mask.shape[1] >= positions.shape[-1]:
+        real = mask[:, -positions.shape[-1] :].to(positions.device).bool()
+        steps = steps | ~(real[:, 1:] & real[:, :-1])
+    if not bool(steps.all()):
+        row, column = (~steps).nonzero()[0].tolist()
+        pair = positions.expand(steps.shape[0], -1)[row, column : column + 2].tolist()
+        raise UnsupportedCallError(
+            f"position_ids go from {pair[0]} to {pair[1]} in row {row}: imdc numbers prompt and memory itself, one by "
+            f"one; leave position_ids out"
+        )
+
+
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
     """Stand in for `init_continuous_batching`, which would attend to whole prompts in paged blocks of its own.
 

@@ -64,7 +64,7 @@ class MemoryLayer(CacheLayerMixin):
                 "this cache was never prefilled; call generate() or model(...) of a patched model"
             )
         count, length = key_states.shape[2], self.stored
-        if self._buffers is None or self._buffers[0].shape[2] < length + count:
+        if self._buffers is None or not self._writable(self._buffers[0], length + count):
             self._buffers = (self._roomier(self.keys, count), self._roomier(self.values, count))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, length : length + count] = states
@@ -72,6 +72,11 @@ class MemoryLayer(CacheLayerMixin):
         self.seen += count
         self.tail += count
         return self.keys, self.values
+
+    @staticmethod
+    def _writable(buffer: Tensor, length: int) -> bool:
+        # What was made in inference mode may not be written outside it.
+        return buffer.shape[2] >= length and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
     @staticmethod
     def _roomier(states: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from imdc.errors import UnsupportedCallError
 from imdc.layers import Mark, MemoryLayer, SlidingLayer
 from imdc.rows import Row, RowState
 
@@ -39,6 +40,7 @@ class ImdcCache(Cache):
         self.rows: RowState | None = None
         self.history: int | None = None
         self.drafting = False
+        self._open = False
 
     @property
     def is_empty(self) -> bool:
@@ -158,16 +160,32 @@ class ImdcCache(Cache):
             tokens_to_remove = min(0, tokens_to_remove - full.seen)
         super().crop(tokens_to_remove)
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append to a layer's tail, as the forward of a patched model asks.
+
+        Raises:
+            UnsupportedCallError: the model is not patched. Its positions and masks would be those of the whole prompt.
+        """
+        if not self._open:
+            raise UnsupportedCallError(
+                "past_key_values is an ImdcCache, which only the patched model can go on from; call imdc.patch(model) "
+                "first, or pass no cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     @contextmanager
     def appending(self) -> Iterator[None]:
         """Let all layers append the same tokens, or none: where that is cut off, every layer is put back."""
         marks: list[Mark] = [layer.mark() for layer in self.layers]
+        self._open = True
         try:
             yield
         except BaseException:
             for layer, mark in zip(self.layers, marks, strict=True):
                 layer.rewind(mark)
             raise
+        finally:
+            self._open = False
 
     def record_past(self, record: bool) -> None:
         """Whether sliding layers keep what leaves their window until the next `crop` (assisted decoding)."""

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from imdc.attention import unregister_all
-from imdc.calls import check_generate, refuse_continuous_batching
+from imdc.calls import check_generate, check_history, check_positions, refuse_continuous_batching
 from imdc.config import PrefillConfig, resolve_config
 from imdc.engine import Engine
 from imdc.errors import CacheMismatchError, UnsupportedCallError, UnsupportedModelError
@@ -92,7 +92,7 @@ class PatchHandle:
 
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._call(args, kwargs)
+            return self._call(args, kwargs) if self._active else self._forward(*args, **kwargs)
 
         @functools.wraps(self._prepare)
         def prepare(
@@ -102,12 +102,13 @@ class PatchHandle:
             *args: Any,
             **kw: Any,
         ) -> Any:
-            self._take_over(generation_config, model_kwargs, mode)
+            if self._active:
+                self._take_over(generation_config, model_kwargs, mode)
             return self._prepare(generation_config, model_kwargs, mode, *args, **kw)
 
         with _lock:
-            swapped = (forward, prepare, refuse_continuous_batching)
-            model.__dict__.update({_MARK: self, **dict(zip(_SWAPPED, swapped, strict=True))})
+            self._ours = dict(zip(_SWAPPED, (forward, prepare, refuse_continuous_batching), strict=True))
+            model.__dict__.update({_MARK: self, **self._ours})
             _live += 1
         self._active = True
 
@@ -120,11 +121,14 @@ class PatchHandle:
         state = self._parts.model.__dict__
         with _lock:
             del state[_MARK]
-            for name in _SWAPPED:
-                if name in self._before:
+            for name, ours in self._ours.items():
+                # Where somebody wrapped ours since, theirs stays and calls on into ours, which now does nothing.
+                if state.get(name) is ours and name in self._before:
                     state[name] = self._before[name]
-                else:
+                elif state.get(name) is ours:
                     del state[name]
+            # Each of them holds this handle, and with it the model.
+            self._ours.clear()
             _live -= 1
             last = _live == 0
         if last:
@@ -139,6 +143,13 @@ class PatchHandle:
     ) -> None:
         """Take the patch back, also after an exception."""
         self.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled, which a copy of the patched model would come to."""
+        raise UnsupportedCallError(
+            "a patched model cannot be copied or pickled: the copy would run the original's weights; "
+            "call remove() of its handle first, and patch each model afterwards"
+        )
 
     def new_cache(self) -> ImdcCache:
         """An empty cache for `model(input_ids, past_key_values=cache, logits_to_keep=1)` without `generate()`."""
@@ -169,14 +180,16 @@ class PatchHandle:
         if cache is None:
             cache = model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(cache)
+        cache.history = None
+        if not cache.is_empty and not drafting:
+            mask = model_kwargs.get("attention_mask")
+            columns: Any = generation_config._mask_length if mask is None else mask.shape[1]
+            check_history(cache.get_seq_length(), columns)
+            cache.history = columns if mode == GenerationMode.ASSISTED_GENERATION else None
         # An assistant goes on drafting from its cache; any other call begins a turn.
         if cache.is_empty or not drafting:
             cache.phase = "prefill"
         cache.drafting = drafting
-        cache.history = None
-        if mode == GenerationMode.ASSISTED_GENERATION and not cache.is_empty:
-            mask = model_kwargs.get("attention_mask")
-            cache.history = generation_config._mask_length if mask is None else mask.shape[1]
         cache.record_past(drafting or mode == GenerationMode.ASSISTED_GENERATION)
 
     def _check_mode(self) -> None:
@@ -204,6 +217,7 @@ class PatchHandle:
             if named.get(name) is not None and named.get(name) is not False:
                 raise UnsupportedCallError(f"{name} is not supported with an imdc cache; leave it out")
         if cache.phase == "prefill":
+            check_positions(named)
             output, self.report = self._read(self._engine, cache, named)
             return output
         limit = self.config.decode_tokens

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +77,27 @@ def test_an_instance_forward_of_someone_else_comes_back(model: PreTrainedModel) 
     assert model.__dict__["forward"] == own
 
 
+def test_a_wrapper_put_on_later_survives_the_removal(model: PreTrainedModel) -> None:
+    ids, calls = prompt(), []
+    wanted = greedy(model, ids).sequences
+    handle = imdc.patch(model, memory_tokens=16, chunk_tokens=16, sink_tokens=1, recent_tokens=4)
+    ours = model.forward
+
+    @functools.wraps(ours)
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    model.forward = theirs
+    assert not torch.equal(greedy(model, ids).sequences, wanted)
+    handle.remove()
+    calls.clear()
+    assert torch.equal(greedy(model, ids).sequences, wanted) and len(calls) == 12
+    with imdc.patch(model, **SMALL):
+        greedy(model, ids)
+    assert model.forward is theirs
+
+
 def test_double_patch_raises_and_keeps_the_first(model: PreTrainedModel) -> None:
     with imdc.patch(model, **SMALL) as handle:
         with pytest.raises(UnsupportedModelError, match="patched already"):
@@ -88,6 +112,29 @@ def test_calls_without_our_cache_are_the_models_own(model: PreTrainedModel) -> N
     with imdc.patch(model, **SMALL) as handle:
         assert torch.equal(model(ids).logits, wanted)
         assert handle.report is None
+
+
+def test_training_steps_are_the_models_own(model: PreTrainedModel) -> None:
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model.train()
+        model(prompt(), labels=prompt()).loss.backward()
+        model.eval()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    wanted = gradients()
+    with imdc.patch(model, **SMALL):
+        greedy(model, prompt())
+        got = gradients()
+    assert len(got) == len(wanted) == len(list(model.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("call", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_patched_model_is_refused(model: PreTrainedModel, call: Callable[[Any], Any]) -> None:
+    with imdc.patch(model, **SMALL), pytest.raises(UnsupportedCallError, match=r"cannot be copied.*remove\(\)"):
+        call(model)
+    call(model)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +189,7 @@ def test_training_mode_raises(model: PreTrainedModel) -> None:
         (lambda m: greedy(m, prompt(), prefill_chunk_size=16), "chunk_tokens"),
         (lambda m: greedy(m, prompt(), cache_implementation="static"), "cache_implementation"),
         (lambda m: greedy(m, prompt(), past_key_values=DynamicCache()), "DynamicCache"),
+        (lambda m: greedy(m, prompt(), position_ids=torch.arange(100)[None] * 2), "position_ids go from 0 to 2"),
         (lambda m: m.generate(inputs_embeds=torch.zeros(1, 5, 64), max_new_tokens=2), "inputs_embeds"),
         (lambda m: greedy(m, prompt(), attention_mask=torch.zeros(1, 100, dtype=torch.long)), "all padding"),
     ],
@@ -186,6 +234,21 @@ def test_a_manual_loop_equals_generate(model: PreTrainedModel) -> None:
     assert got == wanted.tolist()
 
 
+def test_a_cache_read_in_inference_mode_goes_on_outside_of_it(model: PreTrainedModel) -> None:
+    ids, new = prompt(), torch.tensor([[7]])
+    with imdc.patch(model, **SMALL) as handle:
+
+        def last(mode: Callable[[], Any]) -> torch.Tensor:
+            cache = handle.new_cache()
+            with mode():
+                model(ids, past_key_values=cache, logits_to_keep=1)
+                model(new, past_key_values=cache)
+            logits: torch.Tensor = model(new, past_key_values=cache).logits
+            return logits
+
+        assert torch.equal(last(torch.inference_mode), last(torch.no_grad))
+
+
 def test_a_prompt_shorter_than_one_chunk(model: PreTrainedModel) -> None:
     wanted = greedy(model, prompt(5)).sequences
     with imdc.patch(model, **SMALL) as handle:
@@ -199,6 +262,35 @@ def test_the_cache_of_another_model_is_refused(model: PreTrainedModel) -> None:
         cache = greedy(other, prompt()).past_key_values
         with pytest.raises(CacheMismatchError, match="another model"):
             greedy(model, prompt(140), past_key_values=cache, attention_mask=None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["same model", "another model"])
+def test_only_a_patched_model_goes_on_from_a_cache(family: str, seed: int) -> None:
+    model = FAMILIES[family]()
+    with imdc.patch(model, **SMALL) as handle:
+        cache, fresh = greedy(model, prompt()).past_key_values, handle.new_cache()
+    other = model if seed == 0 else FAMILIES[family](seed=seed)
+    keys = cache.layers[1].keys.clone()
+    for one in (cache, fresh):
+        with pytest.raises(UnsupportedCallError, match=r"past_key_values is an ImdcCache.*imdc\.patch\(model\)"):
+            greedy(other, prompt(140), past_key_values=one)
+    assert torch.equal(cache.layers[1].keys, keys) and fresh.is_empty
+
+
+@pytest.mark.parametrize("length", [5, 111])
+def test_a_turn_that_ends_before_the_cache_does_is_refused(model: PreTrainedModel, length: int) -> None:
+    with imdc.patch(model, **SMALL):
+        first = greedy(model, prompt())
+        cache = first.past_key_values
+        with pytest.raises(UnsupportedCallError, match=f"{length} tokens, past_key_values already holds 111.*whole"):
+            greedy(model, prompt(length), past_key_values=cache)
+        # The same tokens are new ones where the mask says so.
+        new = torch.cat((first.sequences[:, -1:], prompt(length)), dim=1)
+        mask = torch.ones(1, first.sequences.shape[1] + length, dtype=torch.long)
+        history = torch.cat((first.sequences, prompt(length)), dim=1)
+        wanted = greedy(model, history, past_key_values=cache.copy()).sequences[:, -12:]
+        assert torch.equal(greedy(model, new, past_key_values=cache, attention_mask=mask).sequences[:, -12:], wanted)
 
 
 def test_importing_imdc_changes_nothing_and_needs_no_torch() -> None:
