@@ -98,6 +98,9 @@ class MemoryCost:
     after: float
 
 
+TOKENS = MemoryCost(before=1.0, after=0.0)
+
+
 def least_chunk(mean: int) -> int:
     """The smallest chunk of "imdc" besides the last, for a mean chunk of `mean` tokens."""
     return max(1, mean // _LEAST_OF_LARGE, min(_LEAST_TOKENS, mean // _LEAST_SHARE))
@@ -172,6 +175,7 @@ class _Schedule:
         self.first = min(math.ceil(prompt_tokens / self.count), self.room)
         if prompt_tokens > self.first:
             self.count = 1 + math.ceil((prompt_tokens - self.first) / chunk)
+        self.least = least_chunk((prompt_tokens - self.first) // max(1, self.count - 1))
         # A prompt that fits is not cut at all; of any other exactly this many KV pairs go, and memory ends at M.
         self.drops = max(0, stored_tokens + prompt_tokens - memory)
         least = min(memory, max(1, stored_tokens, config.sink_tokens + config.recent_tokens))
@@ -185,41 +189,54 @@ class _Schedule:
         return [self.first, *_equal_chunks(self.prompt_tokens - self.first, self.count - 1)]
 
     def balanced(self, cost: MemoryCost | None) -> list[int]:
-        """Chunks that with their memory, weighed by `cost`, add up to one level: the one that covers the prompt.
+        """Chunks that with their memory, weighed by `cost`, add up to one level: the lowest that covers the prompt.
 
-        The number of tokens read rises with the level: first in whole steps (the lowest level that reads enough at all
-        steps), then token by token (from the level below, only the first `raised` steps are one higher).
+        The number of tokens read rises with the level: first in whole steps (all steps one higher), then token by token
+        (only the first `raised` steps are one higher than the level below).
         """
         if self.count == 1:
             return [self.first]
-        pairs = list(zip([self.stored_tokens, *self.targets], self.targets, strict=False))
-        rooms = [self.room, *(self.budget - before for before, _ in pairs[1:])]
-        weights = [cost.before * before + cost.after * after if cost else float(before) for before, after in pairs]
+        weights = cost or TOKENS
         # The paper's first chunk is N / n.
-        fixed = [] if cost else [self.first]
-        rest, rooms, weights = self.prompt_tokens - sum(fixed), rooms[len(fixed) :], weights[len(fixed) :]
-        least = least_chunk(rest // len(rooms))
+        first = None if cost else self.first
 
-        def chunks(level: int, raised: int) -> list[int]:
-            return [
-                min(room, max(least, math.floor(level + (index < raised) - weight)))
-                for index, (weight, room) in enumerate(zip(weights, rooms, strict=True))
-            ]
+        def covers(level: int, raised: int) -> bool:
+            return sum(self._within(level, raised, weights, first)) == self.prompt_tokens
 
-        highest = self.budget + math.ceil(max(weights))
-        level = _lowest(0, highest, lambda level: sum(chunks(level, 0)) >= rest)
-        raised = _lowest(0, len(rooms), lambda raised: sum(chunks(level - 1, raised)) >= rest)
-        return [*fixed, *chunks(level - 1, raised)]
+        highest = math.ceil((1 + weights.before + weights.after) * max(self.budget, self.stored_tokens))
+        level = _lowest(0, highest, lambda level: covers(level, 0)) - 1
+        raised = _lowest(0, self.count, lambda raised: covers(level, raised))
+        return self._within(level, raised, weights, first)
+
+    def _within(self, level: int, raised: int, weights: MemoryCost, first: int | None) -> list[int]:
+        """The largest chunks that keep every step within the level, until the prompt is read."""
+        chunks: list[int] = []
+        memory, dropped, unread = self.stored_tokens, 0, self.prompt_tokens
+        for index, target in enumerate(self.targets):
+            left = self.drops - dropped
+            free = level + (index < raised) - weights.before * memory
+            # `_kept`, solved for the chunk: all is kept, or the target, or what exceeds the drops that are left.
+            room = max((free - weights.after * memory) / (1 + weights.after), free - weights.after * target)
+            room = min(room, (free - weights.after * (memory - left)) / (1 + weights.after))
+            most = min(self.budget - memory if index else self.room, unread - self.least * (self.count - 1 - index))
+            chunk = first if first and not index else min(most, max(self.least, math.floor(room)))
+            after = self._kept(memory + chunk, target, dropped)
+            dropped, unread, memory = dropped + memory + chunk - after, unread - chunk, after
+            chunks.append(chunk)
+        return chunks
+
+    def _kept(self, present: int, target: int, dropped: int) -> int:
+        """KV pairs kept of `present`: the target, unless fewer are there, or fewer may go after `dropped` went."""
+        return max(min(present, target), present - (self.drops - dropped))
 
     def steps(self, chunks: Sequence[int]) -> tuple[Step, ...]:
         """The steps of these chunks: memory follows the targets as far as there is something to keep, or to drop."""
         steps: list[Step] = []
         start, memory, dropped = 0, self.stored_tokens, 0
         for index, (chunk, target) in enumerate(zip(chunks, self.targets, strict=True)):
-            drop = max(0, min(memory + chunk - target, self.drops - dropped))
-            after = memory + chunk - drop
+            after = self._kept(memory + chunk, target, dropped)
             steps.append(Step(index, start, chunk, memory, after))
-            start, memory, dropped = start + chunk, after, dropped + drop
+            start, dropped, memory = start + chunk, dropped + memory + chunk - after, after
         return tuple(steps)
 
 
