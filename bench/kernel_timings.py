@@ -1,7 +1,7 @@
 """Times the kernels on a CUDA device, beside PyTorch's own, after checking them there.
 
     python bench/kernel_timings.py            # checks, then timings at Llama-3.1-8B's shape; JSON to bench/results
-    python bench/kernel_timings.py --sweep    # also other block sizes of the attention kernel
+    python bench/kernel_timings.py --sweep    # also other variants and block sizes of the attention kernel
 
 Times are medians by device events, the cache flushed before every run. TFLOP/s count what the causal mask leaves.
 Shares are of a matrix product and a copy measured in the same run. Exit status: 0 if timed, 1 if a check is red (then
@@ -11,84 +11,44 @@ nothing is timed), 2 without a CUDA device.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, circumstances, write
+from device_clock import DEVICE, Timings, describe_device
+from record import RESULTS, ROOT, circumstances, write
+from rivals import LARGEST_ERROR, differs_from, error_of, sdpa, sdpa_in_parts
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend
 
 CHUNK, MEMORIES, KEEP, OBSERVERS, POOL = 4096, (0, 4096, 8192), 4096, 64, 15
 Q_HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336  # Llama-3.1-8B
 SCALE = DIM**-0.5
-TARGET_TFLOPS, TARGET_SHARE = 450.0, 0.05
-# Largest error by norm that a bfloat16 result may show against float64; the tests hold the kernels to tighter bounds.
-LARGEST_ERROR = 1e-2
-
-
-@dataclass
-class Timings:
-    """What has been measured so far: ceilings, and a row per kernel and rival."""
-
-    milliseconds: Callable[[Callable[[], Any]], float]
-    matmul_tflops: float = 0.0
-    copy_gbytes: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, name: str, memory: int, run: Callable[[], Any], *, flops: float = 0.0, gbytes: float = 0.0) -> float:
-        """Time `run`; a rival that does not take the shape is listed with its reason and counts as infinite."""
-        try:
-            taken = self.milliseconds(run)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            self.rows.append({"name": name, "memory": memory, "unavailable": str(error).splitlines()[0]})
-            print(f"{name:<34}{memory:>7}  unavailable: {str(error).splitlines()[0][:80]}", flush=True)
-            return float("inf")
-        row: dict[str, Any] = {"name": name, "memory": memory, "milliseconds": taken}
-        if flops:
-            row["tflops"] = flops / taken / 1e9
-            row["share_of_matmul"] = row["tflops"] / self.matmul_tflops
-        if gbytes:
-            row["gbytes_per_second"] = gbytes / taken * 1e3
-            row["share_of_copy"] = row["gbytes_per_second"] / self.copy_gbytes
-        self.rows.append(row)
-        rates = f"{row.get('tflops', 0):>9.1f}{row.get('gbytes_per_second', 0):>9.0f}"
-        print(f"{name:<34}{memory:>7}{taken:>10.4f}{rates}", flush=True)
-        return taken
+# What a verdict should lie between.
+TARGETS = {
+    "forward_tflops": (450.0, math.inf),
+    "compression_share_of_layer": (0.0, 0.05),
+    "auto_over_fastest_backend": (1.0, 1.03),
+}
+# (rows, columns, warps, stages) of the attention kernel. The last two leave room for two programs per multiprocessor,
+# so that one computes its softmax while the other multiplies.
+SWEEP = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
 
 
 def inputs(memory: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries of a chunk and keys and values of memory | chunk."""
-    generator = torch.Generator(device="cuda").manual_seed(memory)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "generator": generator}
-    q = torch.randn(1, Q_HEADS, CHUNK, DIM, **options)
-    k, v = (torch.randn(1, KV_HEADS, memory + CHUNK, DIM, **options) for _ in range(2))
+    """Random queries of a chunk, and keys and values of memory | chunk, laid out as the engine passes them."""
+    generator = torch.Generator(device=DEVICE).manual_seed(memory)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE, "generator": generator}
+    q = torch.randn(1, CHUNK, Q_HEADS, DIM, **options).transpose(1, 2)
+    k, v = (torch.randn(1, KV_HEADS, memory + CHUNK + 64, DIM, **options)[:, :, :-64] for _ in range(2))
     return q, k, v
-
-
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Any:
-    """PyTorch's fused attention, bottom-right causal."""
-    with sdpa_kernel(backend):
-        if q.shape[2] == k.shape[2]:
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        mask: Any = causal_lower_right(q.shape[2], k.shape[2])
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def sdpa_in_parts(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Any:
-    """Memory without a mask and the chunk with a causal one, unmerged: for backends without bottom-right masks."""
-    memory = k.shape[2] - q.shape[2]
-    with sdpa_kernel(backend):
-        far = scaled_dot_product_attention(q, k[:, :, :memory], v[:, :, :memory], enable_gqa=True)
-        near = scaled_dot_product_attention(q, k[:, :, memory:], v[:, :, memory:], is_causal=True, enable_gqa=True)
-    return far, near
 
 
 def checks() -> Iterator[tuple[str, bool]]:
@@ -101,8 +61,8 @@ def checks() -> Iterator[tuple[str, bool]]:
         keep = min(KEEP, memory + CHUNK // 2)
         out, new_k, new_v, indices = compress_step(q, k, v, scale=SCALE, keep=keep, rows=OBSERVERS, pool_kernel=POOL)
         exact, lse = reference.chunk_attention(q, k, v, scale=SCALE)
-        error = (out.double() - exact.double()).norm() / exact.double().norm()
-        yield f"attention, memory {memory}: error {error:.2e}", bool(error < LARGEST_ERROR)
+        error = error_of(out, exact)
+        yield f"attention, memory {memory}: error {error:.2e}", error < LARGEST_ERROR
         mass = reference.key_mass(q, k, lse, scale=SCALE, rows=OBSERVERS, pool_kernel=POOL)
         best = mass.topk(keep, dim=-1).values.sum()
         lost = 1 - (mass.gather(-1, indices).sum() / best).item()
@@ -111,23 +71,20 @@ def checks() -> Iterator[tuple[str, bool]]:
         yield f"compaction, memory {memory}", torch.equal(new_k, kept[0]) and torch.equal(new_v, kept[1])
 
 
+def interpreting() -> bool:
+    """Whether the kernels would run on Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") != "0"
+
+
 def tests_pass() -> bool:
-    """Whether the kernels' tests pass on this device."""
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_kernel_*.py"))
+    """Whether the kernels' tests pass on this device; in parallel where pytest can, as most of it is compiling."""
+    # Two of them are about the compiler and this script, and need no device.
+    deviceless = {"test_kernel_aot", "test_kernel_timings"}
+    files = sorted(str(path) for path in (ROOT / "tests").glob("test_kernel_*.py") if path.stem not in deviceless)
+    parallel = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     # `python -m pytest` would put the repository root on the path, where ./kernels shadows Hugging Face's `kernels`.
     start = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start, "-q", "-x", *files]
-    return subprocess.run(command, cwd=ROOT).returncode == 0
-
-
-def measure_ceilings(timings: Timings) -> None:
-    """A large matrix product and a large copy."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    timings.matmul_tflops = 2 * 8192**3 / timings.milliseconds(lambda: a @ b) / 1e9
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    timings.copy_gbytes = 2 * source.nbytes / 1e9 / timings.milliseconds(lambda: target.copy_(source)) * 1e3
-    print(f"matrix product {timings.matmul_tflops:.0f} TFLOP/s, copy {timings.copy_gbytes:.0f} GB/s")
+    return subprocess.run([sys.executable, "-c", start, "-q", *parallel, *files], cwd=ROOT).returncode == 0
 
 
 def time_linear(timings: Timings) -> float:
@@ -135,95 +92,156 @@ def time_linear(timings: Timings) -> float:
     shapes = [(HIDDEN, (Q_HEADS + 2 * KV_HEADS) * DIM), (HIDDEN, HIDDEN), (HIDDEN, 2 * INTERMEDIATE)]
     total = 0.0
     for rows, columns in (*shapes, (INTERMEDIATE, HIDDEN)):
-        x = torch.randn(CHUNK, rows, dtype=torch.bfloat16, device="cuda")
-        w = torch.randn(columns, rows, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(CHUNK, rows, dtype=torch.bfloat16, device=DEVICE)
+        w = torch.randn(columns, rows, dtype=torch.bfloat16, device=DEVICE)
         product = partial(torch.nn.functional.linear, x, w)
         total += timings.add(f"linear {rows} x {columns}", 0, product, flops=2.0 * CHUNK * rows * columns)
     return total
 
 
-def time_memory(timings: Timings, memory: int, linear: float, sweep: bool) -> dict[str, Any]:
-    """Every kernel and its rivals at one memory size; returns what the targets are about."""
+def time_attention(timings: Timings, q: Tensor, k: Tensor, v: Tensor, sweep: bool) -> tuple[float, float]:
+    """(milliseconds, those of the fastest rival) of the forward pass; all its variants with `sweep`."""
     from imdc.kernels._launch import Config, target_of
     from imdc.kernels.chunk_attention import chunk_attention, plan_chunk_attention
+
+    memory = k.shape[2] - CHUNK
+    flops = attention_flops(memory)
+    out, lse = chunk_attention(q, k, v, scale=SCALE)
+    ours = timings.add("attention: triton", memory, lambda: chunk_attention(q, k, v, scale=SCALE), flops=flops)
+    same = differs_from(out)
+    unmerged = (lambda _: None) if memory else same
+    flash = partial(sdpa, SDPBackend.FLASH_ATTENTION, q, k, v, scale=SCALE)
+    rivals = [timings.add_rival("attention: sdpa flash", memory, flash, wrong=same, flops=flops)]
+    # Repeated keys are for a cuDNN that takes no groups; repeating them is not counted.
+    repeated_k, repeated_v = (x.repeat_interleave(Q_HEADS // KV_HEADS, dim=1) for x in (k, v))
+    for form, keys, values in (("", k, v), (", repeated", repeated_k, repeated_v)):
+        run = partial(sdpa_in_parts, SDPBackend.CUDNN_ATTENTION, q, keys, values, scale=SCALE)
+        name = f"attention: sdpa cudnn{form}{', two parts' if memory else ''}"
+        rivals.append(timings.add_rival(name, memory, run, wrong=unmerged, flops=flops))
+    written = torch.empty_like(out)
+    for rows, columns, warps, stages in SWEEP if sweep else ():
+        for descriptors in (True, False):
+            config = Config(rows, columns, warps, stages, descriptors)
+
+            def variant(config: Config = config) -> Tensor:
+                # Planned inside, so that a variant this device cannot have is listed like a rival that does not run.
+                launch = plan_chunk_attention(
+                    *(q, k, v, written, lse),
+                    scale=SCALE,
+                    softcap=None,
+                    window=None,
+                    target=target_of(q.device),
+                    config=config,
+                )
+                launch.run(q.device)
+                return written
+
+            label = f"  {rows}x{columns} {warps}w {stages}s{' tma' if descriptors else ''}"
+            written.fill_(float("nan"))
+            timings.add_rival(label, memory, variant, wrong=same, flops=flops)
+    return ours, min(rivals)
+
+
+def attention_flops(memory: int) -> float:
+    """Floating-point operations of the forward pass that the causal mask leaves."""
+    return 4.0 * Q_HEADS * DIM * (CHUNK * memory + CHUNK * (CHUNK + 1) / 2)
+
+
+def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> float:
+    """Milliseconds of scoring, pooling, selection and compaction together, each timed beside PyTorch's own."""
+    from imdc.kernels.chunk_attention import chunk_attention
     from imdc.kernels.compact import compact
-    from imdc.kernels.compress_step import compress_step
     from imdc.kernels.key_mass import key_mass
     from imdc.kernels.pool import pool
     from imdc.kernels.select import select
 
-    q, k, v = inputs(memory)
-    keys, keep = k.shape[2], min(KEEP, memory + CHUNK // 2)
-    pairs = CHUNK * memory + CHUNK * (CHUNK + 1) / 2
-    flops = 4.0 * Q_HEADS * DIM * pairs
-    out, lse = chunk_attention(q, k, v, scale=SCALE)
-    attention = timings.add("attention: triton", memory, lambda: chunk_attention(q, k, v, scale=SCALE), flops=flops)
-    rivals = [
-        timings.add("attention: sdpa flash", memory, lambda: sdpa(SDPBackend.FLASH_ATTENTION, q, k, v), flops=flops)
-    ]
-    cudnn, form = (sdpa_in_parts, ", two parts") if memory else (sdpa, "")
-    run = partial(cudnn, SDPBackend.CUDNN_ATTENTION, q, k, v)
-    rivals.append(timings.add(f"attention: sdpa cudnn{form}", memory, run, flops=flops))
-    for rows, columns, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2)):
-        for descriptors in (True, False) if sweep else ():
-            config = Config(rows, columns, warps, stages, descriptors)
-            try:
-                launch = plan_chunk_attention(
-                    q, k, v, out, lse, scale=SCALE, softcap=None, window=None, target=target_of(q.device), config=config
-                )
-            except ValueError as error:
-                print(f"{config}: {error}")
-                continue
-            label = f"  {rows}x{columns} {warps}w {stages}s{' tma' if descriptors else ''}"
-            timings.add(label, memory, partial(launch.run, q.device), flops=flops)
-
-    score_flops = 2.0 * Q_HEADS * DIM * OBSERVERS * (keys - OBSERVERS / 2)
-    score = {"scale": SCALE, "rows": OBSERVERS}
-    scoring = timings.add(
-        f"scoring: {OBSERVERS} rows",
-        memory,
-        lambda: key_mass(q, k, lse, **score),
-        flops=score_flops,
-        gbytes=k.nbytes / 1e9,
-    )
-    every = {"scale": SCALE, "rows": CHUNK}
-    timings.add("scoring: all rows", memory, lambda: key_mass(q, k, lse, **every), flops=flops / 2)
-    mass = key_mass(q, k, lse, **score)
-    pooling = timings.add(f"pooling over {POOL}", memory, lambda: pool(mass, POOL), gbytes=2 * mass.nbytes / 1e9)
-    selection = timings.add("selection: triton", memory, lambda: select(mass, keep, sink_tokens=4))
+    keys, memory = k.shape[2], k.shape[2] - CHUNK
+    lse = chunk_attention(q, k, v, scale=SCALE)[1]
+    few, every = (partial(key_mass, q, k, lse, scale=SCALE, rows=rows) for rows in (OBSERVERS, CHUNK))
+    flops = 2.0 * Q_HEADS * DIM * OBSERVERS * (keys - OBSERVERS / 2)
+    total = timings.add(f"scoring: {OBSERVERS} rows", memory, few, flops=flops, gbytes=k.nbytes / 1e9)
+    timings.add("scoring: all rows", memory, every, flops=attention_flops(memory) / 2)
+    mass = few()
+    total += timings.add(f"pooling over {POOL}", memory, lambda: pool(mass, POOL), gbytes=2 * mass.nbytes / 1e9)
+    total += timings.add("selection: triton", memory, lambda: select(mass, keep, sink_tokens=4))
     timings.add("selection: torch.topk unsorted", memory, lambda: mass.topk(keep, sorted=False))
     timings.add("selection: torch.topk, ascending", memory, lambda: mass.topk(keep, sorted=False).indices.sort())
     indices = select(mass, keep, sink_tokens=4)
     index = indices[..., None].expand(1, KV_HEADS, keep, DIM)
     moved = 4 * keep * KV_HEADS * DIM * 2 / 1e9
-    compaction = timings.add("compaction: triton", memory, lambda: compact(k, v, indices), gbytes=moved)
+    total += timings.add("compaction: triton", memory, lambda: compact(k, v, indices), gbytes=moved)
     timings.add("compaction: torch.gather", memory, lambda: (k.gather(2, index), v.gather(2, index)), gbytes=moved)
-    step = timings.add(
-        "compress_step", memory, lambda: compress_step(q, k, v, keep=keep, pool_kernel=POOL, sink_tokens=4, **score)
-    )
-    overhead = scoring + pooling + selection + compaction
-    return {
-        "memory": memory,
-        "forward_tflops": flops / attention / 1e9,
-        "forward_over_fastest_rival": attention / min(rivals),
-        "compression_share_of_layer": overhead / (linear + attention + overhead),
-        "step_over_its_parts": step / (attention + overhead),
+    return total
+
+
+def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> dict[str, float]:
+    """Milliseconds of a layer's whole step under every backend, and under "auto" those of the one it takes."""
+    from imdc.backends import AttentionTraits, Backend, choose
+    from imdc.errors import ConfigError
+
+    options: dict[str, Any] = {"scale": SCALE, "rows": OBSERVERS, "pool_kernel": POOL}
+
+    def step(backend: Backend) -> tuple[Tensor, ...]:
+        if backend.compress_step is not None:
+            return backend.compress_step(q, k, v, keep=keep, sink_tokens=4, **options)
+        out, lse = backend.chunk_attention(q, k, v, scale=SCALE)
+        indices = backend.select(backend.key_mass(q, k, lse, **options), keep, sink_tokens=4)
+        return out, *backend.compact(k, v, indices), indices
+
+    traits = AttentionTraits(q.device.type, q.dtype, DIM, softcap=False, windowed=False)
+    auto, memory = choose("auto", traits)[0], k.shape[2] - CHUNK
+    wrong = differs_from(step(auto)[0])
+    taken: dict[str, float] = {}
+    for name in ("triton", "flash", "sdpa", "reference"):
+        try:
+            run = partial(step, choose(name, traits)[0])
+        except ConfigError as error:
+            taken[name] = timings.skip(f"step: {name}", memory, str(error))
+        else:
+            taken[name] = timings.add_rival(f"step: {name}", memory, run, wrong=wrong)
+    return taken | {"auto": taken[auto.name]}
+
+
+def time_memory(timings: Timings, memory: int, linear: float, sweep: bool) -> dict[str, Any]:
+    """Every kernel and its rivals at one memory size; returns what the targets are about."""
+    q, k, v = inputs(memory)
+    keep = min(KEEP, memory + CHUNK // 2)
+    attention, rival = time_attention(timings, q, k, v, sweep)
+    compression = time_compression(timings, q, k, v, keep)
+    steps = time_backends(timings, q, k, v, keep)
+    verdict = {
+        "forward_tflops": attention_flops(memory) / attention / 1e9,
+        "forward_over_fastest_rival": _ratio(attention, rival),
+        "compression_share_of_layer": compression / (linear + attention + compression),
+        "step_over_its_parts": _ratio(steps["triton"], attention + compression),
+        "auto_over_fastest_backend": _ratio(steps["auto"], min(steps.values())),
     }
+    for name, value in verdict.items():
+        least, most = TARGETS.get(name, (0.0, math.inf))
+        met = value is not None and least <= value <= most
+        aim = f"  ({'meets' if met else 'MISSES'} {least}..{most})" if name in TARGETS else ""
+        print(f"memory {memory:>5}: {name:<27}{'unknown' if value is None else f'{value:.3f}':>9}{aim}", flush=True)
+    return {"memory": memory, **verdict}
+
+
+def _ratio(taken: float, other: float) -> float | None:
+    """How much longer one took; None where either could not be timed."""
+    return taken / other if math.isfinite(taken) and math.isfinite(other) else None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, time, print, write; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="also time other block sizes of the attention kernel")
+    parser.add_argument("--sweep", action="store_true", help="also time other variants of the attention kernel")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (default: bench/results)")
+    parser.add_argument("--commit", help="the commit that is timed, where there is no git to ask")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("kernel_timings: no CUDA device here; the interpreter's times would mean nothing", file=sys.stderr)
         return 2
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    if interpreting():
         print("kernel_timings: TRITON_INTERPRET is set; unset it to time compiled kernels", file=sys.stderr)
         return 2
-    from triton.testing import do_bench
-
     red = [] if tests_pass() else ["the kernels' tests"]
     for what, holds in checks():
         print(f"{'ok ' if holds else 'RED'} {what}", flush=True)
@@ -232,41 +250,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"kernel_timings: nothing timed, these checks are red: {'; '.join(red)}", file=sys.stderr)
         return 1
 
-    timings = Timings(lambda run: float(do_bench(run, warmup=50, rep=300, return_mode="median")))
-    measure_ceilings(timings)
-    print(f"{'kernel':<34}{'memory':>7}{'ms':>10}{'TFLOP/s':>9}{'GB/s':>9}")
+    timings = Timings()
+    timings.measure_ceilings()
     linear = time_linear(timings)
-    verdicts = [time_memory(timings, memory, linear, options.sweep) for memory in MEMORIES]
-    for verdict in verdicts:
-        fast = verdict["forward_tflops"] >= TARGET_TFLOPS
-        cheap = verdict["compression_share_of_layer"] <= TARGET_SHARE
-        print(
-            f"memory {verdict['memory']}: forward {verdict['forward_tflops']:.0f} TFLOP/s "
-            f"({'meets' if fast else 'misses'} {TARGET_TFLOPS:.0f}), {verdict['forward_over_fastest_rival']:.2f}x the "
-            f"fastest rival's time; scoring, selection and compaction {verdict['compression_share_of_layer']:.1%} of "
-            f"the layer ({'meets' if cheap else 'misses'} {TARGET_SHARE:.0%})"
-        )
-    properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True)
     shape = {"chunk": CHUNK, "keep": KEEP, "observers": OBSERVERS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
+    verdicts = [time_memory(timings, memory, linear, options.sweep) for memory in MEMORIES]
     record = circumstances() | {
-        "device": {
-            "name": properties.name,
-            "capability": [properties.major, properties.minor],
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "driver": driver.stdout.strip() if driver.returncode == 0 else None,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        },
+        "device": describe_device(),
         "shape": shape,
         "matmul_tflops": timings.matmul_tflops,
         "copy_gbytes_per_second": timings.copy_gbytes,
         "verdicts": verdicts,
         "rows": timings.rows,
     }
-    print(f"written to {write('kernel_timings', record)}")
+    record["commit"] = options.commit or record["commit"]
+    print(f"written to {write('kernel_timings', record, options.out)}")
     return 0
 
 

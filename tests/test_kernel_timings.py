@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,21 +24,45 @@ SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kernel_timings.py"
 def timings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, at a shape the interpreter can bear."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("kernel_timings", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kernel_timings", module)
-    spec.loader.exec_module(module)
-    small = {"CHUNK": 32, "MEMORIES": (0, 32), "KEEP": 32, "OBSERVERS": 8, "Q_HEADS": 4, "KV_HEADS": 2, "DIM": 16}
-    for name, value in small.items():
+    for name in ("record", "device_clock", "rivals", "kernel_timings"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module("kernel_timings")
+    small = {"CHUNK": 32, "MEMORIES": (0, 32), "KEEP": 32, "OBSERVERS": 8, "HIDDEN": 64, "INTERMEDIATE": 64}
+    for name, value in {**small, "Q_HEADS": 4, "KV_HEADS": 2, "DIM": 16, "SCALE": 0.25, "DEVICE": str(DEVICE)}.items():
         monkeypatch.setattr(module, name, value)
-
-    def inputs(memory: int) -> tuple[torch.Tensor, ...]:
-        shapes = ((1, 4, 32, 16), (1, 2, memory + 32, 16), (1, 2, memory + 32, 16))
-        return tuple(torch.randn(shape, device=DEVICE).to(torch.bfloat16) for shape in shapes)
-
-    monkeypatch.setattr(module, "inputs", inputs)
+    clock = sys.modules["device_clock"]
+    for name, value in {"DEVICE": str(DEVICE), "MATMUL_SIZE": 64, "COPIED_FLOATS": 64, "FLUSHED_BYTES": 64}.items():
+        monkeypatch.setattr(clock, name, value)
     return module
+
+
+class Event:
+    """Stands in for a CUDA event on machines without CUDA: a tick of 3 ms."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        Event.now += 3.0
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+@pytest.fixture
+def faked_device(timings: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the script believe that the interpreter's machine is a CUDA device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(timings, "interpreting", lambda: False)
 
 
 def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
@@ -47,11 +73,9 @@ def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
 
 
 def test_red_checks_keep_it_from_timing(
-    timings: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    timings: ModuleType, faked_device: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(timings, "measure_ceilings", lambda _: pytest.fail("it timed"))
+    monkeypatch.setattr(timings.Timings, "measure_ceilings", lambda _: pytest.fail("it timed"))
     monkeypatch.setattr(timings, "tests_pass", lambda: False)
     monkeypatch.setattr(timings, "checks", lambda: iter([("this", True)]))
     assert timings.main([]) == 1
@@ -59,6 +83,35 @@ def test_red_checks_keep_it_from_timing(
     monkeypatch.setattr(timings, "checks", lambda: iter([("this", True), ("that", False)]))
     assert timings.main([]) == 1
     assert "nothing timed, these checks are red: that" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="on a device the script itself is run")
+def test_a_whole_run_writes_what_it_measured(
+    timings: ModuleType, faked_device: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timings, "tests_pass", lambda: True)
+    monkeypatch.setattr(timings, "describe_device", lambda: {"name": "none"})
+    monkeypatch.setattr(sys.modules["record"], "circumstances", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(sys.modules["device_clock"], "MOST_RUNS", 3)
+    monkeypatch.setattr(sys.modules["device_clock"], "LEAST_RUNS", 2)
+    assert timings.main(["--out", str(tmp_path), "--commit", "abc", "--sweep"]) == 0
+    [path] = tmp_path.iterdir()
+    record = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["commit"] == "abc" and record["device"] == {"name": "none"}
+    assert [verdict["memory"] for verdict in record["verdicts"]] == [0, 32]
+    unavailable = {row["name"] for row in record["rows"] if "unavailable" in row}
+    assert {"step: flash", "attention: sdpa cudnn"} <= unavailable
+    timed = {row["name"]: row for row in record["rows"] if "unavailable" not in row}
+    assert {
+        "step: triton",
+        "step: sdpa",
+        "step: reference",
+        "attention: sdpa flash",
+        "attention: triton",
+        "  64x64 4w 2s tma",
+    } <= set(timed)
+    assert all(row["milliseconds"] == 3.0 and row["host_milliseconds"] > 0 for row in timed.values())
 
 
 @pytest.mark.skipif(ON_DEVICE, reason="on a device the script itself is run")
@@ -77,24 +130,54 @@ def test_its_checks_hold_and_can_fail(timings: ModuleType, monkeypatch: pytest.M
 def test_every_kernel_and_rival_is_timed(timings: ModuleType) -> None:
     ticks = iter(range(1, 1000))
 
-    def milliseconds(run: object) -> float:
+    def clock(run: object) -> tuple[float, float]:
         assert callable(run)
         run()
-        return float(next(ticks))
+        return float(next(ticks)), 0.1
 
-    measured = timings.Timings(milliseconds, matmul_tflops=1.0, copy_gbytes=1.0)
+    measured = timings.Timings(clock, matmul_tflops=1.0, copy_gbytes=1.0)
     for memory in timings.MEMORIES:
         verdict = timings.time_memory(measured, memory, linear=100.0, sweep=False)
         assert 0.0 < verdict["compression_share_of_layer"] < 1.0
+        assert verdict["step_over_its_parts"] > 0.0 and verdict["auto_over_fastest_backend"] >= 1.0
     names = {row["name"].split(":")[0] for row in measured.rows}
-    assert names == {"attention", "scoring", "pooling over 15", "selection", "compaction", "compress_step"}
+    assert names == {"attention", "scoring", "pooling over 15", "selection", "compaction", "step"}
     ours = [row for row in measured.rows if "triton" in row["name"]]
-    assert len(ours) == 6 and all("milliseconds" in row for row in ours)
+    assert len(ours) == 8 and all("milliseconds" in row for row in ours)
 
 
 def test_flops_count_what_the_mask_leaves(timings: ModuleType) -> None:
-    measured = timings.Timings(lambda run: 1.0, matmul_tflops=1.0, copy_gbytes=1.0)
+    measured = timings.Timings(lambda run: (1.0, 1.0), matmul_tflops=1.0, copy_gbytes=1.0)
     timings.time_memory(measured, 32, linear=1.0, sweep=False)
     [row] = [row for row in measured.rows if row["name"] == "attention: triton"]
     pairs = sum(32 + i + 1 for i in range(32))
     assert row["tflops"] == pytest.approx(4 * 4 * timings.DIM * pairs / 1e9)
+
+
+def test_a_rival_that_fails_or_computes_something_else_is_not_timed(timings: ModuleType) -> None:
+    measured = timings.Timings(lambda run: pytest.fail("it was timed"))
+    exact = torch.randn(4, 4)
+    wrong = timings.differs_from(exact)
+    assert measured.add_rival("off", 0, lambda: exact * 1.1, wrong=wrong) == float("inf")
+    assert measured.add_rival("broken", 0, lambda: 1 // 0, wrong=wrong) == float("inf")
+    reasons = {row["name"]: row["unavailable"] for row in measured.rows}
+    assert "off by 1.00e-01" in reasons["off"] and "ZeroDivisionError" in reasons["broken"]
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="a device keeps its own time")
+def test_times_are_medians_of_enough_runs(timings: ModuleType, faked_device: None) -> None:
+    runs: list[int] = []
+    device, host = sys.modules["device_clock"].median_times(lambda: runs.append(1))
+    assert device == 3.0 and host > 0.0
+    assert len(runs) == 5 + int(200 / 3)
+
+
+def test_the_script_for_a_gpu_session_is_sound() -> None:
+    script = SCRIPT.with_name("on_gpu.sh")
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    named = re.findall(r"tests/test_\w+\.py(?:::\w+)?", script.read_text())
+    assert named
+    for name in named:
+        path, _, test = name.partition("::")
+        assert f"def {test}" in (SCRIPT.parents[1] / path).read_text()

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything a session with a GPU does first, in one command of at most ten minutes: check, then time.
+#
+#     bash bench/on_gpu.sh [COMMIT]
+#
+# COMMIT goes into the results where the working tree arrives without its git folder. Logs and JSON land in $OUT if that
+# is set, else in bench/results. Exit status: 0 if all is green, 1 if a check is red.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-bench/results}
+mkdir -p "$out"
+commit=${1:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+unset TRITON_INTERPRET
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+# Without -P the folder ./kernels would shadow Hugging Face's package of that name, which transformers imports.
+python=(python3 -P)
+pytest=("${python[@]}" -m pytest -q -p no:cacheprovider)
+status=0
+
+# What the figures are taken on, in case a later step never ends.
+{
+    date --utc +%FT%TZ
+    echo "commit $commit"
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv
+    "${python[@]}" -c 'import sys, torch, transformers, triton
+print(sys.version, torch.__version__, torch.version.cuda, transformers.__version__, triton.__version__)'
+} 2>&1 | tee "$out/circumstances.txt"
+
+# imdc.kernels lies in ./kernels, which only an installation maps to its name. There is no network to build with.
+"${python[@]}" -c 'import imdc.kernels' 2>/dev/null ||
+    "${python[@]}" -m pip install --quiet --no-build-isolation --no-deps --editable . || exit 1
+
+# Accesses out of bounds or misaligned, on the tests that reach every kernel by every way of loading. PyTorch's cache
+# of memory is off, as inside one of its blocks nothing counts as out of bounds. Hazards in shared memory are only
+# reported: the sanitizers have taken Hopper's asynchronous instructions for errors before.
+sanitized=(
+    tests/test_kernel_chunk_attention.py::test_reads_slices_and_nothing_beside_them
+    tests/test_kernel_compress_step.py::test_agrees_with_float64
+    tests/test_kernel_compact.py::test_moves_between_slices
+    tests/test_kernel_select.py::test_forced_keys_are_kept
+    tests/test_kernel_key_mass.py::test_pool_crosses_blocks_and_keeps_negative_scores
+)
+if command -v compute-sanitizer >/dev/null; then
+    # Compiled beforehand and side by side, so that the sanitizers' time goes into running.
+    timeout 60 "${pytest[@]}" -n 12 "${sanitized[@]}" >"$out/sanitized_tests.log" 2>&1 || status=1
+    tail -n 1 "$out/sanitized_tests.log"
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 compute-sanitizer --tool "$tool" "${pytest[@]}" "${sanitized[@]}" \
+            >"$out/$tool.log" 2>&1
+        echo "$tool: exit status $? (124: ran out of time), $(grep -E 'passed|failed|SUMMARY' "$out/$tool.log" | tr '\n' ' ')"
+    done
+    if grep -q 'Invalid __global__' "$out/memcheck.log"; then
+        echo "on_gpu: memcheck is red, nothing is timed; see $out/memcheck.log" >&2
+        exit 1
+    fi
+else
+    echo "on_gpu: no compute-sanitizer here, memory accesses are not checked" >&2
+fi
+
+# All kernel tests on the device, then checks at the timed shapes, then the timings with every variant of the
+# attention kernel, so that one session suffices to choose among them. It refuses to time while a check is red.
+timeout 380 python3 bench/kernel_timings.py --sweep --out "$out" --commit "$commit" 2>&1 |
+    tee "$out/kernel_timings.log" || status=1
+exit $status
