@@ -199,7 +199,7 @@ def test_command_refuses_a_file_that_is_too_short(
 
 
 def test_command_draws_a_picture(model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     path = tmp_path / "out.png"
     assert main(["profile", model_folder, "--prompt-tokens", "500", *SIZES, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
