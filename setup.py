@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "imdc" / "__init__.py").r
 
 DEV = [
     "hypothesis>=6.100",
+    "matplotlib>=3.8",
     "mypy>=1.13",
     "pre-commit>=3.5",
     "pytest>=8.0",
@@ -17,6 +18,8 @@ DEV = [
     "pytest-xdist>=3.5",
     "ruff>=0.8",
     "setuptools>=77",
+    # Quantised weights; transformers reads them from 0.15 on.
+    "torchao>=0.15",
 ]
 
 setup(

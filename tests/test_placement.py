@@ -106,7 +106,6 @@ def test_a_cache_goes_between_placements_of_a_model(
     assert torch.equal(ask(plain, first.sequences, loaded), ask(placed, first.sequences, first.past_key_values))
 
 
-@pytest.mark.slow
 def test_int8_weights_give_what_their_rounded_values_give(folder: Path) -> None:
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed: pip install torchao")
