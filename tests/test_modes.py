@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import imdc
@@ -192,6 +200,51 @@ def test_tight_beams_of_a_row_are_those_of_the_row_alone(family: str) -> None:
     for got, wanted in zip(together, alone, strict=True):
         # Rows that end early are filled up.
         assert torch.equal(got[: wanted.shape[0]], wanted) and (got.numel() == wanted.numel() or wanted[-1] == 2)
+
+
+TEXTS = ["Call me Ishmael. " * 9, "Some years ago"]
+
+
+def texts_of_a_pipeline(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    return generator(TEXTS, batch_size=2, max_new_tokens=NEW, do_sample=False)
+
+
+def text_from_another_thread(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    options = {"max_new_tokens": NEW, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, kwargs={**inputs, **options})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    return text
+
+
+def tokens_of_a_compiled_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    model.compile(backend="eager")
+    tokens = generate(model, prompt()).tolist()
+    torch.compiler.reset()
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        texts_of_a_pipeline,
+        text_from_another_thread,
+        pytest.param(tokens_of_a_compiled_model, marks=pytest.mark.slow),
+    ],
+    ids=lambda use: use.__name__,
+)
+def test_what_calls_generate_for_the_caller_gives_the_same(
+    use: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Any], byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = build("llama", vocab_size=len(byte_tokenizer))
+    wanted = use(model, byte_tokenizer)
+    with imdc.patch(model, **ROOMY) as handle:
+        assert use(model, byte_tokenizer) == wanted
+        assert handle.report is not None and len(handle.report.steps) > 2
 
 
 class Calls:
