@@ -32,7 +32,7 @@ from imdc.units import MIB
 
 LLAMA = "llama-3.1-8b"
 # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
-LLAMA_SIZES = {
+LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
     "intermediate_size": 14_336,

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from imdc.allocations import Allocations, allocations_of, peak_resident_bytes, reset_peak_resident, resident_bytes
+from imdc.allocations import (
+    Allocations,
+    allocations_of,
+    peak_resident_bytes,
+    reset_peak_resident,
+    resident_bytes,
+    return_free_heap,
+)
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.families import Parts
@@ -230,6 +237,7 @@ class _Meter:
 
     def __enter__(self) -> _Meter:
         self._hooks = [layer.register_forward_hook(self._after_layer) for layer in self.layers]
+        return_free_heap()
         self._resident = resident_bytes() or 0
         reset_peak_resident()
         self.counter.__enter__()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 import time
 from types import TracebackType
@@ -59,7 +57,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         """Note what is in use now."""
-        from imdc.allocations import resident_bytes
+        from imdc.allocations import resident_bytes, return_free_heap
 
         if self._device.type == "cuda":
             import torch
@@ -68,7 +66,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device)
             return self
-        _return_free_heap()
+        return_free_heap()
         start = resident_bytes()
         if start is not None:
             self._start = self._highest = start
@@ -94,11 +92,3 @@ class PeakMemory:
 
         while not self._stop.wait(_SAMPLE_SECONDS):
             self._highest = max(self._highest, resident_bytes() or 0)
-
-
-def _return_free_heap() -> None:
-    """Give freed heap pages back to the system, so that a second measurement does not start from the first's peak."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)

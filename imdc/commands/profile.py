@@ -227,7 +227,7 @@ def steps_table(prefill: MeasuredPrefill, shown: int = 8) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{prefill.name}: peak of every step above the weights", title_justify="left")
-    for heading in ("step", "chunk", "memory before", "after", "measured", "predicted", "difference", "seconds"):
+    for heading in ("step", "chunk", "memory before", "after", "measured", "predicted", "off by", "seconds"):
         table.add_column(heading, justify="right")
     count = len(prefill.steps)
     for number, measured in enumerate(prefill.steps):
@@ -250,22 +250,23 @@ def steps_table(prefill: MeasuredPrefill, shown: int = 8) -> Table:
 
 
 def summary_table(prefills: Sequence[MeasuredPrefill]) -> Table:
-    """One row per prefill: peak measured and predicted, memory of the process or reserved, and time."""
+    """One row per prefill: peak measured and predicted, what CUDA reserved or the process took, and time."""
     from rich.table import Table
 
     table = Table(title="Peak above the weights", title_justify="left")
     table.add_column("")
-    for heading in ("steps", "measured", "predicted", "difference", "process or reserved", "seconds", "tokens/s"):
+    other = "reserved" if any(prefill.reserved_bytes is not None for prefill in prefills) else "resident"
+    for heading in ("steps", "measured", "predicted", "off by", other, "seconds", "tokens/s"):
         table.add_column(heading, justify="right")
     for prefill in prefills:
-        other = prefill.reserved_bytes if prefill.reserved_bytes is not None else prefill.resident_bytes
+        taken = prefill.reserved_bytes if prefill.reserved_bytes is not None else prefill.resident_bytes
         table.add_row(
             prefill.name,
             str(len(prefill.steps)),
             format_bytes(prefill.peak_bytes),
             format_bytes(prefill.predicted_bytes),
             f"{100 * prefill.error:+.1f}%",
-            "unknown" if other is None else format_bytes(other),
+            "unknown" if taken is None else format_bytes(taken),
             f"{prefill.seconds:.2f}",
             f"{prefill.tokens_per_second:,.0f}",
         )
