@@ -75,7 +75,9 @@ class Engine:
                 )
                 rows, outputs = [], []
                 for number, index in enumerate(unique):
-                    row = self._new_row(prompts[index]) if cache.is_empty else cache.take_row(index)
+                    row = (
+                        self._new_row(prompts[index]) if cache.is_empty else self._old_row(cache, prompts[index], index)
+                    )
                     outputs.append(reader.read(row, prompts[index].to(device), number, forward_options))
                     rows.append(row)
                 break
@@ -137,6 +139,24 @@ class Engine:
         if any(window is None for window in self.parts.windows):
             beyond = prompt.numel() > self.parts.trained_window
             row.compact = beyond if self.config.positions == "auto" else self.config.positions == "compact"
+        return row
+
+    def _old_row(self, cache: ImdcCache, prompt: Tensor, index: int) -> Row:
+        """A row of earlier turns. Where this turn goes beyond the window, "auto" numbers its memory anew from now on.
+
+        Raises:
+            UnsupportedCallError: that is too late: of keys that are left between dropped ones no position is known.
+        """
+        row, window = cache.take_row(index), self.parts.trained_window
+        full = [layer for layer, sliding in enumerate(self.parts.windows) if sliding is None]
+        end = row.position + prompt.numel()
+        if self.config.positions == "auto" and full and not row.compact and end > window:
+            if row.stored(full[0]) < row.tokens:
+                raise UnsupportedCallError(
+                    f"positions='auto' began with original positions and this turn reaches position {end}, the model "
+                    f"was trained for {window}; patch with positions='compact' and read the conversation anew"
+                )
+            row.compact = True
         return row
 
     def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, build
@@ -30,6 +31,8 @@ EXAMPLES = int(os.environ.get("IMDC_FUZZ_EXAMPLES", "0"))
 MODES = ("greedy", "beams", "lookup", "assisted")
 # No token of the vocabulary; prompt lookup of transformers 5.6 needs one.
 NO_END = 1000
+# Prompt lookup of transformers 5.6 may give a few tokens more than were asked for; that of 5.23 does not.
+LOOKUP_OVERSHOOTS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 _TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
 _TWO_MIXED = {**_TWO_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
 _OVERRIDES = {"gemma2": _TWO_MIXED, "gemma3": _TWO_MIXED, "smollm3": {**_TWO_LAYERS, "no_rope_layers": [1, 0]}}
@@ -155,6 +158,18 @@ def watched(model: PreTrainedModel, config: imdc.PrefillConfig) -> Iterator[None
         StepRun.attend = attend  # type: ignore[method-assign]
 
 
+def same(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]], row: int) -> bool:
+    """Whether `row` of one batch got the tokens of another call's first row, turn by turn."""
+    for our_rows, their_rows in zip(ours, theirs, strict=True):
+        tokens, wanted = our_rows[row], their_rows[0]
+        if LOOKUP_OVERSHOOTS and tokens.shape[1] > wanted.shape[1]:
+            # The next turn goes on from another text.
+            return torch.equal(tokens[:, : wanted.shape[1]], wanted)
+        if not torch.equal(tokens, wanted):
+            return False
+    return True
+
+
 def check(call: Call) -> bool:
     """Hold a call against all promises; returns False where it was refused for positions beyond the window."""
     model = model_of(call.family, call.window)
@@ -182,17 +197,13 @@ def check(call: Call) -> bool:
                     config.memory_tokens + chunk, step.memory_before + max(1, chunk // 4)
                 )
         for row in rows:
-            alone = talk(model, call, [row], call.mode)
-            for ours, theirs in zip(together, alone, strict=True):
-                assert torch.equal(ours[row], theirs[0]), "a row in a batch differs from the row alone"
+            assert same(together, talk(model, call, [row], call.mode), row), "a row in a batch differs from it alone"
         if call.mode in ("lookup", "assisted") and (config.decode_tokens is None or roomy):
-            for ours, theirs in zip(together, talk(model, call, rows, "greedy"), strict=True):
-                assert torch.equal(ours[0], theirs[0]), f"{call.mode} differs from greedy"
+            assert same(together, talk(model, call, rows, "greedy"), 0), f"{call.mode} differs from greedy"
     if roomy:
         for row in rows:
             plain = talk(model, call, [row], call.mode if call.mode == "beams" else "greedy")
-            for ours, theirs in zip(together, plain, strict=True):
-                assert torch.equal(ours[row], theirs[0]), "a memory that holds all differs from the unpatched model"
+            assert same(together, plain, row), "a memory that holds all differs from the unpatched model"
     return True
 
 
@@ -265,6 +276,16 @@ FOUND = {
     # The longest row of a batch chose the positions of all.
     "auto positions on both sides of the window": Call(
         "llama", ((50, 100),), {**SMALL, "memory_tokens": 30, "observation_tokens": 4}, new_tokens=6, window=64
+    ),
+    # transformers 5.6 gave an eighth token.
+    "lookup that overshoots": Call(
+        "phi3",
+        ((59,), (72,)),
+        {"schedule": "fm", "memory_tokens": 400, "chunk_tokens": 30},
+        mode="lookup",
+        new_tokens=7,
+        period=7,
+        seed=41,
     ),
     "assisted in a second turn": Call("gemma3", ((30,), (1,)), SMALL, mode="assisted", new_tokens=6),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import imdc
+from imdc.errors import UnsupportedCallError
 from imdc.layers import MemoryLayer
 from imdc.memory import ImdcCache
 
@@ -117,3 +118,29 @@ def test_smollm2_writes_500_tokens_in_bounded_memory(smollm2: tuple[PreTrainedMo
     assert memories == [128 + number % 65 for number in range(500)]
     per_token = 30 * 2 * 3 * 64 * model.dtype.itemsize  # layers, keys and values, KV heads, head size, bytes
     assert cache.kv_bytes() == memories[-1] * per_token
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3"])
+def test_auto_positions_change_when_a_turn_leaves_the_window(family: str) -> None:
+    model = build(family, max_position_embeddings=256)
+    answers = []
+    for positions in ("auto", "compact"):
+        with imdc.patch(model, positions=positions, memory_tokens=128, chunk_tokens=32) as handle:
+            cache, history = handle.new_cache(), prompt(0)
+            for turn, length in enumerate((90, 400, 30)):
+                history, *_ = write(model, torch.cat((history, prompt(length, turn)), dim=1), NEW, cache)
+            answers.append(history)
+    assert torch.equal(*answers)
+
+
+def test_auto_positions_refuse_to_leave_the_window_once_keys_were_dropped() -> None:
+    model = build("llama", max_position_embeddings=256)
+    with imdc.patch(model, **LIMITS) as handle:
+        cache = handle.new_cache()
+        history, *_ = write(model, prompt(200), NEW, cache)
+        with pytest.raises(
+            UnsupportedCallError, match=r"this turn reaches position 31\d, the model was trained for 256"
+        ):
+            write(model, torch.cat((history, prompt(100, 1)), dim=1), NEW, cache)
+        # The cache is as it was: a turn that fits goes on from it.
+        write(model, torch.cat((history, prompt(20, 2)), dim=1), NEW, cache)
