@@ -42,16 +42,12 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTraits:
-    """What a backend must be able to do for a model.
-
-    `windowed`: some layers attend through a sliding window; `softcap`: some layers cap their logits.
-    """
+    """What a backend must be able to do for a model; `softcap`: some layers cap their logits."""
 
     device_type: str
     dtype: torch.dtype
     head_dim: int
     softcap: bool
-    windowed: bool
 
 
 REFERENCE = Backend(
@@ -202,12 +198,11 @@ def choose(name: str, traits: AttentionTraits) -> tuple[Backend, str]:
     raise AssertionError("the reference backend serves every model")
 
 
-def traits_of(device: torch.device, dtype: torch.dtype, config: Any, head_dim: int, windowed: bool) -> AttentionTraits:
+def traits_of(device: torch.device, dtype: torch.dtype, config: Any, head_dim: int) -> AttentionTraits:
     """The traits that a transformers config asks of a backend."""
     return AttentionTraits(
         device_type=device.type,
         dtype=dtype,
         head_dim=head_dim,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        windowed=windowed,
     )

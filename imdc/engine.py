@@ -107,8 +107,7 @@ class Engine:
         parts = self.parts
         weight = parts.decoder.get_input_embeddings().weight
         attention: Any = parts.decoder.layers[0].self_attn
-        windowed = any(window is not None for window in parts.windows)
-        traits = traits_of(parts.device(), weight.dtype, parts.config, int(attention.head_dim), windowed)
+        traits = traits_of(parts.device(), weight.dtype, parts.config, int(attention.head_dim))
         return choose(self.config.backend, traits)
 
     def _prompts(self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 from tiny_models import FAMILIES, greedy
 
 import imdc
@@ -15,7 +16,7 @@ from imdc.backends import REFERENCE, SDPA, AttentionTraits, choose
 from imdc.errors import ConfigError
 from imdc.flash import find_flash, flash_attention
 
-CPU = AttentionTraits(device_type="cpu", dtype=torch.bfloat16, head_dim=64, softcap=False, windowed=False)
+CPU = AttentionTraits(device_type="cpu", dtype=torch.bfloat16, head_dim=64, softcap=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,7 +49,8 @@ def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, positi
     pytest.importorskip("triton", reason="the package triton is not installed")
     model = FAMILIES[family](num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) if (
         family == "gemma3") else FAMILIES[family](num_hidden_layers=2)  # fmt: skip
-    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0))
+    model.to(DEVICE)
+    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     outputs = {}
     for backend in ("reference", "triton"):
         with imdc.patch(
@@ -62,7 +64,7 @@ def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, positi
 
 def test_auto_takes_sdpa_on_a_cpu_and_the_reference_where_logits_are_capped() -> None:
     assert choose("auto", CPU)[0].name == "sdpa"
-    capped = AttentionTraits("cpu", torch.bfloat16, 64, softcap=True, windowed=True)
+    capped = AttentionTraits("cpu", torch.bfloat16, 64, softcap=True)
     backend, why = choose("auto", capped)
     assert backend.name == "reference"
     assert "not sdpa: it cannot cap logits" in why
@@ -70,8 +72,8 @@ def test_auto_takes_sdpa_on_a_cpu_and_the_reference_where_logits_are_capped() ->
 
 def test_auto_takes_triton_on_a_gpu_and_says_why_not_for_odd_head_sizes() -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    assert choose("auto", AttentionTraits("cuda", torch.bfloat16, 128, False, False))[0].name == "triton"
-    backend, why = choose("auto", AttentionTraits("cuda", torch.bfloat16, 80, False, False))
+    assert choose("auto", AttentionTraits("cuda", torch.bfloat16, 128, False))[0].name == "triton"
+    backend, why = choose("auto", AttentionTraits("cuda", torch.bfloat16, 80, False))
     assert backend.name == "sdpa"
     assert "head size 80" in why
 
