@@ -188,7 +188,7 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
         indices = backend.select(backend.key_mass(q, k, lse, **options), keep, sink_tokens=4)
         return out, *backend.compact(k, v, indices), indices
 
-    traits = AttentionTraits(q.device.type, q.dtype, DIM, softcap=False, windowed=False)
+    traits = AttentionTraits(q.device.type, q.dtype, DIM, softcap=False)
     auto, memory = choose("auto", traits)[0], k.shape[2] - CHUNK
     wrong = differs_from(step(auto)[0])
     taken: dict[str, float] = {}
