@@ -71,7 +71,7 @@ def predict(
     prompt = sum(step.chunk_tokens for step in steps)
     footprints, workspace_keys = [], 0
     for step in steps:
-        tail = tail_rows(step, prompt, config)
+        tail = tail_rows(step, prompt, config) if shape.full_layers else 0
         work = Work(shape, config, step, tail, step is steps[-1], backend, compact)
         workspace_keys = max(workspace_keys, work.keys)
         footprints.append(_peak(work, workspace_keys))

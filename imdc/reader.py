@@ -64,7 +64,8 @@ class Reader:
         full = [layer for layer, window in enumerate(self.parts.windows) if window is None]
         stored = row.stored(full[0]) if full else 0
         steps = balanced_steps(self.shape, ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
-        tails = [tail_rows(step, ids.numel(), self.config) for step in steps]
+        # Without a full layer nothing is compressed, and nothing needs votes.
+        tails = [tail_rows(step, ids.numel(), self.config) if full else 0 for step in steps]
         self._check_window(row, steps, tails)
         if row.compact and row.tokens:
             self._turn(row, -1.0, row.position)

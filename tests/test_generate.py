@@ -228,6 +228,17 @@ def test_decode_tokens_bounds_the_cache_while_generating(family: str, positions:
     assert 64 + 8 < max(stored) <= 64 + 16 + (lookup or 0)
 
 
+@pytest.mark.parametrize(("family", "extra"), [("llama", True), ("mistral_sliding", False)])
+def test_the_prompt_tail_rides_along_only_where_something_is_compressed(family: str, extra: bool) -> None:
+    model = FAMILIES[family]()
+    rows: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    with imdc.patch(model, memory_tokens=64, chunk_tokens=40, recent_tokens=8) as handle:
+        model(torch.randint(3, 128, (1, 200)), past_key_values=handle.new_cache(), logits_to_keep=1)
+    hook.remove()
+    assert (sum(rows) > 200) == extra
+
+
 def test_auto_chunks_are_the_largest_that_the_limit_allows() -> None:
     model = FAMILIES["llama"]()
     ids = prompt(1500)
