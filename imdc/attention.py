@@ -121,8 +121,10 @@ class StepRun:
             self._count_retained(layer, chosen, stored)
             return out
         out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
-        if drops:
-            scores = self.observer(self._observation(layer, q, turned, lse, scale, softcap))
+        scores = self.observer(self._observation(layer, q, turned, lse, scale, softcap)) if drops else None
+        # Rotated copies have served, and a step's peak may lie in what follows.
+        del q, turned, lse
+        if scores is not None:
             chosen = self.backend.select(
                 scores,
                 self.step.memory_after,

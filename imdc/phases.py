@@ -8,7 +8,8 @@ prompt tail, r = c + t, T = memory_before + r, b bytes per element, H hidden, I 
     rotary      r * b * (3 H + 4 Q + 2 K)  queries, their two products, half-swapped copy or sum; keys, values
     attention   r * b * (3 H + Q + 2 K)    and what the backend needs, see `_attention`
     scoring     the same, output, log-sum-exp and what the observer needs, see `_scoring`
-    compaction  the same, and what says which keys are kept
+    selection   the same without rotated copies (unless a fused step holds them), and what selecting needs
+    compaction  the same, scores and the kept indices
     output      r * b * (4 H + 3 Q + 2 K)  attention output, its copy in row order, the projection
     mlp         r * b * (4 H + 3 I)        embedding, layer input, residual, norm; gate, up, product
     head        r * (2 b H + 8 H), b V     the last step's final norm, one row of logits
@@ -125,10 +126,14 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
     turned, turning, own = _attention(work, layers)
     yield Phase("attention", states, max(turning, turned + own), layer_memory="none")
-    output = turned + unit * queries + 4 * rows * shape.q_heads
+    output = unit * queries
+    scored = turned + output + 4 * rows * shape.q_heads
     chosen = 0
     if work.drops and layers.window is None:
-        yield Phase("scoring", states, output, _scoring(work), layer_memory="none")
+        yield Phase("scoring", states, scored, _scoring(work), layer_memory="none")
+        if work.backend == "triton" and work.observing_rows:
+            output = scored
+        yield Phase("selection", states, output, _selection(work), layer_memory="none")
         # Scores, and the kept indices: the reference's are a column of three.
         index = 8 if work.backend in ("triton", "flash") else 24
         chosen = shape.kv_heads * (4 * work.step.attended_tokens + index * layers.after)
@@ -163,7 +168,8 @@ def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
     if work.compact:
         keys = total * kv_width * shape.dtype_bytes
         turned = keys + unit * queries
-        turning = max(4 * keys, keys + 4 * unit * queries)
+        # PyTorch needs a product beside the result, of half the width.
+        turning = turned if work.backend == "triton" else max(3 * keys // 2, keys + 3 * unit * queries // 2)
     most = unit * queries + log_sums
     if work.backend == "reference":
         most += 2 * _float_copy(shape, total) + _score_blocks(shape, rows, total)
@@ -172,25 +178,29 @@ def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
         span = min(total, block + layers.window - 1)
         most += (2 * span + block) * queries * shape.dtype_bytes + block * span * (2 + shape.dtype_bytes)
     elif work.backend == "sdpa" and layers.before:
-        # Phi-3's queries arrive in the order in which they can be grouped without a copy.
-        merged = (2 if shape.fused else 3) * unit * queries
+        # Phi-3's queries, and those rotated here, are in the order in which they can be grouped without a copy.
+        merged = (2 if shape.fused or work.compact else 3) * unit * queries
         shorter = 3 * log_sums + 4 * rows * queries + unit * queries
         most = merged + (4 * log_sums if shape.dtype_bytes == 4 else shorter)
     return turned, turning, most
 
 
 def _scoring(work: Work) -> int:
-    """Bytes of the observer's temporaries, and of the selection after it."""
+    """Bytes of the observer's temporaries, scores included."""
     shape, candidates = work.shape, work.step.attended_tokens
     total = candidates + work.tail
-    # Scores, their copy, masks, and either running counts of ties or the indices found.
-    select = shape.kv_heads * (11 * candidates + max(9 * candidates, 24 * work.step.memory_after))
     if work.config.observer == "key_diff":
-        return max(select, 8 * candidates * shape.kv_heads * shape.head_dim)
+        return 8 * candidates * shape.kv_heads * shape.head_dim
     mass = 4 * shape.kv_heads * total
     if not work.observing_rows or work.backend in ("triton", "flash"):
-        return max(select, 2 * mass)
-    return max(select, mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total))
+        return 2 * mass
+    return mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total)
+
+
+def _selection(work: Work) -> int:
+    """Bytes of scores, their copy, masks, and either running counts of ties or the indices found."""
+    candidates = work.step.attended_tokens
+    return work.shape.kv_heads * (11 * candidates + max(9 * candidates, 24 * work.step.memory_after))
 
 
 def _float_copy(shape: ModelShape, keys: int) -> int:

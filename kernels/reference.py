@@ -185,11 +185,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Only the first R dimensions turn (partial rotary of Phi); computed in the dtype of `x`, as transformers does.
     """
     width = cos.shape[-1]
-    turned, passed = x[..., :width], x[..., width:]
     half = width // 2
-    swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
-    turned = turned * cos + swapped * sin
-    return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype), device=x.device)
+    # Into the result by halves: whole products of a long memory would be the peak of a step.
+    for own, other, sign in ((slice(0, half), slice(half, width), -1), (slice(half, width), slice(0, half), 1)):
+        torch.mul(x[..., own], cos[..., own], out=out[..., own])
+        out[..., own].add_(x[..., other] * sin[..., own], alpha=sign)
+    out[..., width:] = x[..., width:]
+    return out
 
 
 def compact(
