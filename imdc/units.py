@@ -26,15 +26,21 @@ _BYTE_UNITS = {
     "tib": 2**40,
 }
 _TOKEN_UNITS = {"": 1, "k": 10**3, "m": 10**6, "ki": 2**10, "mi": 2**20}
-_NUMBER = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# A comma separates thousands and nothing else: "1,5M" means 1.5M to some people and 15M to nobody.
+_NUMBER = re.compile(r"\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(\.[0-9]+)?\s*([A-Za-z]*)\s*")
+# Far above any memory or prompt, and far below what a float cannot hold.
+_MOST = 10**18
 
 
 def _parse(text: str, units: Mapping[str, int], what: str, remedy: str) -> int:
     match = _NUMBER.fullmatch(text)
-    factor = units.get(match[2].lower()) if match else None
-    if match is None or factor is None:
+    factor = units.get(match[3].lower()) if match else None
+    # There is no half of a byte or token.
+    if match is None or factor is None or (factor == 1 and match[2]) or len(match[1]) > 24:
         raise ConfigError(f"{what} {text!r} is not understood: {remedy}")
-    amount = round(float(match[1].replace(",", "").replace("_", "")) * factor)
+    amount = round(float(match[1].replace(",", "").replace("_", "") + (match[2] or "")) * factor)
+    if amount > _MOST:
+        raise ConfigError(f"{what} {text!r} is larger than anything there is: {remedy}")
     if amount < 1:
         raise ConfigError(f"{what} {text!r} must be greater than zero: {remedy}")
     return amount
@@ -73,6 +79,11 @@ def format_bytes(amount: float) -> str:
         return f"{size:.0f} B"
     digits = 2 if abs(size) < 10 else 1 if abs(size) < 100 else 0
     return f"{size:.{digits}f} {unit}"
+
+
+def format_percent(share: float) -> str:
+    """A difference in per cent with its sign: "+2.0%"; what rounds to nothing is "+0.0%", whatever its sign."""
+    return f"{100 * share:+.1f}%".replace("-0.0%", "+0.0%")
 
 
 def format_tokens(count: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from imdc.errors import ConfigError
 from imdc.hardware import find_gpu
-from imdc.units import format_bytes, parse_bytes, parse_tokens
+from imdc.units import format_bytes, format_percent, parse_bytes, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,26 @@ def test_token_counts(text: str, count: int) -> None:
     assert parse_tokens(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "5 GiB extra", "0GiB"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "-1GiB", "1e9", "5 GiB extra", "0GiB", "1,5GiB", "1__0GiB", "0.5b", "9" * 20 + "TiB", "9" * 400 + "b"],
+)
 def test_sizes_that_make_no_sense(text: str) -> None:
     with pytest.raises(ConfigError, match="size"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1,5k", "1,2,3", "\u0661\u0662", "9" * 5000])
+def test_token_counts_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ConfigError, match="token count"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0204, "+2.0%"), (-0.1, "-10.0%"), (-0.0001, "+0.0%"), (0.0, "+0.0%"), (-0.006, "-0.6%")]
+)
+def test_differences_print_without_a_negative_zero(share: float, text: str) -> None:
+    assert format_percent(share) == text
 
 
 @pytest.mark.parametrize(

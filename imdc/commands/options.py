@@ -70,7 +70,7 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
     if annotation == "str":
         return str
     if "float" in annotation:
-        return _guarded(lambda text: float(text) if "." in text else parse_tokens(text))
+        return _guarded(_share_or_tokens)
     if "str" in annotation:
         return _guarded(lambda text: text if text == "auto" else parse_tokens(text))
     if field.name.endswith("_tokens"):
@@ -80,6 +80,11 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
 
 def _tokens_or_zero(text: str) -> int:
     return 0 if text == "0" else parse_tokens(text)
+
+
+def _share_or_tokens(text: str) -> int | float:
+    # "0.25" is a share, "0.5k" a number of tokens.
+    return float(text) if "." in text and not text[-1].isalpha() else parse_tokens(text)
 
 
 def _bytes_or_share(text: str) -> int | float:
