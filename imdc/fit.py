@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from imdc.units import format_bytes
 
 # Below, activations no longer matter, and a plan of a million steps helps nobody.
 LEAST_CHUNK = 32
+# Nor does anyone read a table of so many steps, and more take seconds to plan.
+MOST_STEPS = 4096
 
 
 def execution(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> tuple[str, bool]:
@@ -43,8 +46,12 @@ def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limi
     def peak(chunk: int) -> int:
         return peak_bytes(shape, prompt_tokens, with_chunk(config, chunk), device)
 
-    what = f"memory_tokens={config.memory_tokens} and the smallest chunks"
-    return largest_within(limit, peak, LEAST_CHUNK, prompt_tokens, what)
+    least = max(LEAST_CHUNK, math.ceil(prompt_tokens / MOST_STEPS))
+    if config.schedule == "full":
+        what, remedy = "the whole prompt in memory", "take another schedule than 'full'"
+    else:
+        what, remedy = f"memory_tokens={config.memory_tokens} and the smallest chunks", "lower memory_tokens"
+    return largest_within(limit, peak, least, prompt_tokens, what, remedy)
 
 
 def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
@@ -76,7 +83,9 @@ def peak_bytes(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, dev
     return max(footprint.total_bytes for footprint in footprints)
 
 
-def largest_within(limit: int, peak: Callable[[int], int], least: int, most: int, what: str) -> int:
+def largest_within(
+    limit: int, peak: Callable[[int], int], least: int, most: int, what: str, remedy: str = "lower memory_tokens"
+) -> int:
     """The largest value in least..most whose `peak` in bytes stays within `limit`, taking peaks to rise with it.
 
     Peaks rise but for rounding to whole steps, so the result fits for certain and may be a few tokens short.
@@ -87,17 +96,25 @@ def largest_within(limit: int, peak: Callable[[int], int], least: int, most: int
     least = min(least, most)
     high = most
     # Halve from the top: small values mean many steps, and are only tried where nothing larger fits.
-    low = high
-    while peak(low) > limit:
+    low, above = high, 0
+    while (needed := peak(low)) > limit:
         if low == least:
             raise ConfigError(
-                f"a limit of {format_bytes(limit)} is too small: it needs at least {format_bytes(peak(least))} "
-                f"for {what}; raise the limit or lower memory_tokens"
+                f"a limit of {format_bytes(limit)} is too small: it needs at least {format_bytes(needed)} "
+                f"for {what}; raise the limit or {remedy}"
             )
-        high, low = low - 1, max(least, low // 2)
+        high, above, low = low - 1, needed, max(least, low // 2)
+    below, straight = needed, True
     while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if peak(middle) <= limit else (low, middle - 1)
+        # Peaks are nearly straight lines, so the crossing is close to where a line would cross; halving in turns with
+        # that bounds the tries where they are not.
+        share = (limit - below) / (above - below) if straight and above > below else 0.5
+        middle = min(high, low + max(1, round(share * (high + 1 - low))))
+        needed, straight = peak(middle), not straight
+        if needed <= limit:
+            low, below = middle, needed
+        else:
+            high, above = middle - 1, needed
     return low
 
 

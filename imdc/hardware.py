@@ -52,7 +52,7 @@ def find_gpu(name: str) -> Gpu | None:
     plain = re.sub(r"[\s_-]|rtx|nvidia", "", name.lower())
     if plain in GPUS:
         return GPUS[plain]
-    if name[:1].isdigit():
+    if not name or name[:1].isdigit():
         return None
     raise ConfigError(
         f"GPU {name!r} is not in the table.{did_you_mean(plain, GPUS)} Known are {', '.join(GPUS)}; "

@@ -17,6 +17,9 @@ from imdc.errors import ConfigError, UnsupportedModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LONGEST_STRING = 2**24
+# Where llama.cpp and transformers call an architecture differently.
+_FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"}
 
 
 def read_config(source: str | os.PathLike[str]) -> Any:
@@ -82,7 +85,7 @@ def _gguf_config(path: Path) -> Any:
             entries, tensors = _gguf_header(file)
     except FileNotFoundError as error:
         raise ConfigError(f"{str(path)!r} was not found") from error
-    except (OSError, struct.error, UnicodeDecodeError, KeyError) as error:
+    except (OSError, struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
         raise ConfigError(f"{str(path)!r} is not a readable GGUF file: {error}") from error
     family = entries.get("general.architecture")
     names = {
@@ -104,7 +107,7 @@ def _gguf_config(path: Path) -> Any:
     vocab = entries.get("tokenizer.ggml.tokens") or entries.get(f"{family}.vocab_size")
     # transformers dequantises GGUF weights to float32 unless asked for another type.
     return SimpleNamespace(
-        model_type=family,
+        model_type=_FAMILIES.get(family, family),
         vocab_size=vocab,
         dtype="float32",
         tie_word_embeddings="output.weight" not in tensors,
@@ -137,7 +140,8 @@ def _unpack(file: BinaryIO, code: str) -> Any:
 
 def _gguf_string(file: BinaryIO) -> str:
     length = _unpack(file, "Q")
-    data = file.read(length)
+    # A broken file may claim any length; a tokenizer's chat template, the longest there is, has some KiB.
+    data = file.read(min(length, _LONGEST_STRING))
     if len(data) < length:
         raise OSError("it ends in the middle of its header")
     return data.decode("utf-8", errors="replace")

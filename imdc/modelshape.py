@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.errors import UnsupportedModelError
+from imdc.modelconfig import completed, size_of, weight_bits
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
 
@@ -59,6 +60,8 @@ class ModelShape:
         float_rotary: rotary embedding works in float32 whatever the dtype (OLMo 2).
         rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
         norms_per_layer: RMS norms per layer besides those of queries and keys.
+        weight_bits: bits per weight of the layers' matrices where the checkpoint is quantised, else None.
+        text_part: the config has other parts too, such as a vision tower, which are not counted.
         weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
     """
 
@@ -88,6 +91,8 @@ class ModelShape:
     float_rotary: bool = False
     rotary_bases: int = 1
     norms_per_layer: int = 2
+    weight_bits: int | None = None
+    text_part: bool = False
     weight_bytes: int | None = None
 
     @property
@@ -126,7 +131,12 @@ class ModelShape:
     @property
     def weights(self) -> int:
         """Bytes of all parameters."""
-        return self.parameters * self.dtype_bytes if self.weight_bytes is None else self.weight_bytes
+        if self.weight_bytes is not None:
+            return self.weight_bytes
+        matrices = self.layers * self.layer_matrices if self.weight_bits else 0
+        # Scales and zero points of groups of 64 or 128 weights take about a quarter of a bit per weight.
+        quantised = matrices * (4 * (self.weight_bits or 0) + 1) // 32
+        return (self.parameters - matrices) * self.dtype_bytes + quantised
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -142,28 +152,33 @@ class ModelShape:
         """
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError("the model is an encoder-decoder; imdc reads prompts of decoder-only models")
-        text = getattr(config, "text_config", None)
-        config = config if text is None else text
-        family = str(getattr(config, "model_type", "unknown"))
-        q_heads = _size(config, family, "num_attention_heads", "n_head")
-        hidden = _size(config, family, "hidden_size", "n_embd")
-        head_dim = int(getattr(config, "head_dim", None) or hidden // q_heads)
+        text_part = getattr(config, "text_config", None) is not None
+        config, family = completed(config)
+        q_heads = size_of(config, family, "num_attention_heads", "n_head")
+        hidden = size_of(config, family, "hidden_size", "n_embd")
+        head_dim = size_of(config, family, "head_dim", default=hidden // q_heads)
+        kv_heads = size_of(config, family, "num_key_value_heads", default=q_heads)
+        if q_heads % kv_heads:
+            raise UnsupportedModelError(
+                f"the config of model type {family!r} has num_attention_heads={q_heads}, which is no multiple of "
+                f"num_key_value_heads={kv_heads}"
+            )
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-        layers = _size(config, family, "num_hidden_layers", "n_layer")
+        layers = size_of(config, family, "num_hidden_layers", "n_layer")
         dtype = _dtype_name(config)
         sliding, window = _sliding(config, family, layers)
-        experts = int(_first(config, ("num_local_experts", "num_experts", "n_routed_experts")) or 1)
-        expert_width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
+        experts = size_of(config, family, "num_local_experts", "num_experts", "n_routed_experts", default=1)
+        widths = (*(("moe_intermediate_size",) if experts > 1 else ()), "intermediate_size", "n_inner")
         return cls(
             family=family,
             layers=layers,
             hidden=hidden,
-            intermediate=int(expert_width or _size(config, family, "intermediate_size", "n_inner")),
+            intermediate=size_of(config, family, *widths, default=4 * hidden if family == "gpt2" else None),
             q_heads=q_heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or q_heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
-            vocab=_size(config, family, "vocab_size"),
-            max_positions=_trained_window(config, rope),
+            vocab=size_of(config, family, "vocab_size"),
+            max_positions=_trained_window(config, family, rope),
             rotary=int(head_dim * _partial_rotary(config, rope)),
             dtype=dtype,
             dtype_bytes=DTYPE_BYTES[dtype],
@@ -173,13 +188,15 @@ class ModelShape:
             gated=family not in _UNGATED_MLP,
             fused=family in _FUSED,
             experts=experts,
-            experts_per_token=int(getattr(config, "num_experts_per_tok", None) or 1),
+            experts_per_token=size_of(config, family, "num_experts_per_tok", default=1),
             qkv_bias=bool(_default(config, "attention_bias", False)) or family.startswith(_QKV_BIAS_BY_DEFAULT),
             qk_norm=family.startswith(_QK_NORM),
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
             post_norm=family in _POST_NORM,
             float_rotary=family in _FLOAT_ROTARY,
             rotary_bases=1 + (family in _TWO_ROTARY_BASES),
+            weight_bits=weight_bits(config),
+            text_part=text_part,
             norms_per_layer=4 if family.startswith(_FOUR_NORMS) else 2,
         )
 
@@ -196,22 +213,9 @@ class ModelShape:
         return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=DTYPE_BYTES[dtype])
 
 
-def _first(config: Any, names: Iterable[str]) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
-
 def _default(config: Any, name: str, default: Any) -> Any:
     value = getattr(config, name, None)
     return default if value is None else value
-
-
-def _size(config: Any, family: str, *names: str) -> int:
-    value = _first(config, names)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModelError(
-            f"the config of model type {family!r} has {names[0]}={value!r}; a plan needs it as a positive int"
-        )
-    return value
 
 
 def _rope_entry(rope: Any, *names: str) -> Any:
@@ -220,13 +224,13 @@ def _rope_entry(rope: Any, *names: str) -> Any:
     return next((entries[name] for name in names if entries.get(name) is not None), None)
 
 
-def _trained_window(config: Any, rope: Any) -> int | None:
-    window = _first(config, ("max_position_embeddings", "n_positions"))
+def _trained_window(config: Any, family: str, rope: Any) -> int | None:
+    window = size_of(config, family, "max_position_embeddings", "n_positions", default=0)
     if _rope_entry(rope, "rope_type", "type") == "longrope":
         # The short factors, which hold for all positions of a bounded memory, end here.
         original = _rope_entry(rope, "original_max_position_embeddings")
         window = original or getattr(config, "original_max_position_embeddings", None) or window
-    return None if window is None else int(window)
+    return int(window) if window else None
 
 
 def _partial_rotary(config: Any, rope: Any) -> float:
@@ -247,14 +251,14 @@ def _dtype_name(source: Any) -> str:
 
 def _sliding(config: Any, family: str, layers: int) -> tuple[int, int | None]:
     """Number of sliding-window layers and their window, by the rules of transformers' own caches."""
-    window = getattr(config, "sliding_window", None)
+    window = size_of(config, family, "sliding_window", default=0)
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
+    if isinstance(kinds, (list, tuple)):
         sliding = sum("sliding" in str(kind) for kind in kinds)
-    elif window is None or not _default(config, "use_sliding_window", not family.startswith(_OPT_IN_WINDOW)):
+    elif not window or not _default(config, "use_sliding_window", not family.startswith(_OPT_IN_WINDOW)):
         sliding = 0
     else:
         pattern = getattr(config, "sliding_window_pattern", None) or _WINDOW_PATTERN.get(family)
         skipped = getattr(config, "max_window_layers", None) or 0
         sliding = layers - layers // pattern if pattern else max(0, layers - skipped)
-    return (sliding, int(window)) if sliding and window else (0, None)
+    return (sliding, window) if sliding and window else (0, None)

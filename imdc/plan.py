@@ -10,6 +10,7 @@ from imdc.config import PrefillConfig, resolve_config
 from imdc.fit import execution, fit_chunk, limit_bytes, with_chunk
 from imdc.footprint import StepFootprint, balanced_steps, predict, predict_unpatched
 from imdc.hardware import Gpu
+from imdc.modelconfig import SUPPORTED
 from imdc.modelshape import ModelShape
 from imdc.schedule import Step
 from imdc.units import format_bytes, format_tokens
@@ -115,7 +116,7 @@ class Plan:
         memory = "all" if config.schedule == "full" else format_tokens(config.memory_tokens)
         return (
             f"{shape.family}, {shape.layers} layers, {shape.dtype}: {format_tokens(self.prompt_tokens)} tokens by "
-            f"{config.schedule!r} in {len(self.steps)} steps, memory {memory}, "
+            f"{config.schedule!r} in {len(self.steps)} step{'s' * (len(self.steps) > 1)}, memory {memory}, "
             f"mean chunk {format_tokens(round(self.prompt_tokens / len(self.steps)))}"
         )
 
@@ -129,7 +130,28 @@ class Plan:
             f"cache after the prefill {format_bytes(self.memory_bytes)}, of the whole prompt "
             f"{format_bytes(shape.layers * shape.kv_bytes_per_token * self.prompt_tokens)}",
             f"the unpatched model's own prefill: peak {format_bytes(self.unpatched.total_bytes)}",
+            *self.notes(),
         ]
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers has to know of this model; often nothing."""
+        shape, notes = self.shape, []
+        if shape.family not in SUPPORTED:
+            notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
+        if shape.sliding_layers:
+            rest = shape.full_layers
+            others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
+            window = format_tokens(shape.window or 0)
+            notes.append(
+                f"note: {shape.sliding_layers} of {shape.layers} layers see a window of {window} tokens; {others}"
+            )
+        if shape.text_part:
+            notes.append("note: the text part alone; weights of other parts, such as a vision tower, come on top")
+        if shape.weight_bits and shape.weight_bytes is None:
+            notes.append(
+                f"note: weights of {shape.weight_bits} bits with their scales, as the config says; an estimate"
+            )
+        return notes
 
 
 _COLUMNS = ("step", "from token", "chunk", "memory before", "after", "predicted peak")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ import imdc.commands.plan as command
 from imdc.cli import build_parser, main
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedModelError
+from imdc.families import FAMILIES as SUPPORTED_FAMILIES
 from imdc.fit import fit_chunk, largest_within, peak_bytes
 from imdc.hardware import GPUS
 from imdc.loading import find_smollm2_gguf
+from imdc.modelconfig import SUPPORTED
 from imdc.modelfile import read_config
 from imdc.modelshape import ModelShape
 from imdc.patch import patch
@@ -32,6 +35,10 @@ LLAMA_8B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
     "torch_dtype": "bfloat16", "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+# A GGUF header with one entry, whose name claims to have 2**62 bytes.
+LONG_STRING = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62)
 
 
 @pytest.fixture
@@ -131,11 +138,65 @@ def test_largest_within_finds_the_bound(limit: int) -> None:
         ({"hidden_size": None}, r"model type 'llama' has hidden_size=None"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+        ({"num_key_value_heads": "eight"}, "num_key_value_heads='eight'"),
+        ({"num_key_value_heads": -8}, "num_key_value_heads=-8"),
+        ({"num_key_value_heads": 5}, "no multiple of num_key_value_heads=5"),
+        ({"head_dim": [128]}, r"head_dim=\[128\]"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings='long'"),
+        ({"num_local_experts": "many"}, "num_local_experts='many'"),
+        ({"sliding_window": "wide"}, "sliding_window='wide'"),
     ],
 )
 def test_unusable_configs_are_named(missing: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         plan(SimpleNamespace(**{**LLAMA_8B, **missing}), 100)
+
+
+def test_config_in_parts_takes_what_the_whole_says() -> None:
+    # As google/gemma-3-4b-it has it: transformers' defaults are left out, and the dtype stands outside.
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }  # fmt: skip
+    whole = SimpleNamespace(model_type="gemma3", torch_dtype="bfloat16", text_config=SimpleNamespace(**text))
+    made = plan(whole, 32_000)
+    assert (made.shape.dtype, made.shape.q_heads, made.shape.kv_heads, made.shape.head_dim) == ("bfloat16", 8, 4, 256)
+    assert (made.shape.sliding_layers, made.shape.full_layers) == (29, 5)
+    # As many as transformers makes for these entries.
+    assert made.shape.parameters == 3_880_263_168
+    assert "29 of 34 layers see a window of 1,024 tokens" in str(made)
+    assert "such as a vision tower" in str(made)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"quant_method": "awq", "bits": 4}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "fp8"}, 8),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, 4),
+        ({"quant_method": "mystery", "config_groups": [1]}, None),
+    ],
+)
+def test_quantised_weights_are_not_counted_in_full(settings: dict[str, Any], bits: int | None) -> None:
+    full = ModelShape.from_config(SimpleNamespace(**LLAMA_8B))
+    made = plan(SimpleNamespace(**LLAMA_8B, quantization_config=settings), 1000)
+    assert made.shape.weight_bits == bits
+    if bits is None:
+        assert made.shape.weights == full.weights
+        return
+    matrices = full.layers * full.layer_matrices
+    assert bits / 8 * matrices < made.shape.weights - 2 * (full.parameters - matrices) < (bits + 1) / 8 * matrices
+    assert f"weights of {bits} bits" in str(made)
+
+
+def test_plan_says_what_patch_does_not_support() -> None:
+    assert set(SUPPORTED) == set(SUPPORTED_FAMILIES)
+    sizes = {"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+    made = plan(SimpleNamespace(model_type="gpt2", **sizes), 1000)
+    assert made.shape.intermediate == 3072
+    assert "imdc.patch does not support 'gpt2'" in str(made)
+    assert "note:" not in str(plan(SimpleNamespace(**LLAMA_8B), 1000))
 
 
 def test_command_compares_and_says_what_fits(config_json: str) -> None:
@@ -173,6 +234,19 @@ def test_command_solves_for_the_largest(config_json: str, arguments: tuple[str, 
     larger = compute("--config-json", config_json, "--gpu", "24GiB", *rest, option, str(round(found * 1.1)))
     assert larger.plan.peak_bytes > 24 * GIB
     assert command.render(solved).startswith(f"largest {what} that fits 24.0 GiB: {found:,} tokens")
+
+
+def test_solved_prompt_leaves_no_shorter_one_that_does_not_fit(config_json: str) -> None:
+    # Right above whole chunks all chunks are smaller: 3,001 tokens take less than 3,000, and longer ones more again.
+    sizes = ("--memory-tokens", "256", "--chunk-tokens", "3000")
+    config = PrefillConfig(memory_tokens=256, chunk_tokens=3000)
+    shape = ModelShape.from_config(SimpleNamespace(**LLAMA_8B))
+    for length in (2900, 36_000):
+        limit = peak_bytes(shape, length, config, "cuda")
+        found = compute("--config-json", config_json, "--gpu", f"{limit}B", "--solve", "prompt", *sizes)
+        for shorter in range(100, found.plan.prompt_tokens + 1, 100):
+            assert peak_bytes(shape, shorter, config, "cuda") <= limit, (length, shorter)
+        assert peak_bytes(shape, found.plan.prompt_tokens + 1, config, "cuda") > limit
 
 
 def test_command_finds_no_bound_for_a_bounded_prompt(config_json: str) -> None:
@@ -221,6 +295,15 @@ def test_command_reads_the_header_of_a_gguf_file() -> None:
         (("--prompt-tokens", "1k", "--solve", "memory"), "--solve memory needs --gpu"),
         (("--prompt-tokens", "1k", "--solve", "prompt", "--gpu", "h100"), "contradict each other"),
         (("--prompt-tokens", "1k", "--memory-tokens", "8"), "raise memory_tokens to at least 36"),
+        (("--prompt-tokens", "1k", "--gpu", ""), "--gpu '' is not understood"),
+        (
+            ("--prompt-tokens", "100M"),
+            "48,829 steps, and a plan has 8,192 at most; raise --chunk-tokens to at least 12208",
+        ),
+        (("--prompt-tokens", "999999999999M"), "raise --chunk-tokens"),
+        (("--prompt-tokens", "1M", "--gpu", "24GiB", "--schedule", "full", "--solve", "memory"), "keeps everything"),
+        (("--prompt-tokens", "1M", "--gpu", "24GiB", "--schedule", "full", "--solve", "chunk"), "than 'full'"),
+        (("--prompt-tokens", "1k", ""), "give one model"),
     ],
 )
 def test_command_refuses_bad_input(
@@ -249,12 +332,40 @@ def test_command_refuses_bad_config_files(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\0" * 20, b"no model at all, only text"])
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\0" * 20, b"no model at all, only text", LONG_STRING])
 def test_command_refuses_broken_gguf_files(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     assert main(["plan", str(path), "--prompt-tokens", "1k"]) == 2
     assert "is not a readable GGUF file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "family"), [("gemma3", "gemma3_text"), ("qwen3moe", "qwen3_moe"), ("llama", "llama")])
+def test_gguf_architectures_go_by_the_names_of_transformers(tmp_path: Path, name: str, family: str) -> None:
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    entries = [text("general.architecture") + struct.pack("<I", 8) + text(name)]
+    sizes = {"block_count": 12, "embedding_length": 64, "feed_forward_length": 128, "attention.head_count": 4}
+    for key, value in {**sizes, "vocab_size": 100, "attention.sliding_window": 32}.items():
+        entries.append(text(f"{name}.{key}") + struct.pack("<II", 4, value))
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries))
+    shape = ModelShape.from_config(read_config(path))
+    assert shape.family == family
+    if name == "gemma3":
+        assert (shape.sliding_layers, shape.rotary_bases) == (10, 2)
+
+
+def test_search_takes_few_tries_where_peaks_are_straight() -> None:
+    tried: list[int] = []
+
+    def peak(value: int) -> int:
+        tried.append(value)
+        return 7 * value + 123
+
+    assert largest_within(7 * 654_321 + 125, peak, 10, 10**6, "it") == 654_321
+    assert len(tried) <= 10
 
 
 def test_command_answers_within_two_seconds_and_without_torch(config_json: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.commands.options import add_config_options, config_from
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
-from imdc.fit import LEAST_CHUNK, fit_chunk, largest_within, peak_bytes, with_chunk, with_memory
+from imdc.fit import LEAST_CHUNK, MOST_STEPS, fit_chunk, largest_within, peak_bytes, with_chunk, with_memory
 from imdc.footprint import predict_unpatched
 from imdc.hardware import GPUS, Gpu, find_gpu
 from imdc.modelfile import read_config
@@ -20,7 +21,8 @@ from imdc.units import format_bytes, format_tokens, parse_bytes, parse_tokens
 
 # A bounded prefill takes the same memory for any longer prompt; looking further would only take time.
 _LONGEST_PROMPT = 2**24
-_MOST_STEPS = 4096
+# A plan of so many steps, and those that it is compared with, still take about a second.
+_MOST_PLANNED = 2 * MOST_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ def compute(args: argparse.Namespace) -> Outcome:
         ImdcError: bad input, see its message.
     """
     shape = _shape(args)
-    gpu = find_gpu(args.gpu) if args.gpu else None
-    limit = gpu.memory_bytes if gpu else parse_bytes(args.gpu, "--gpu") if args.gpu else None
+    gpu = None if args.gpu is None else find_gpu(args.gpu)
+    limit = gpu.memory_bytes if gpu else None if args.gpu is None else parse_bytes(args.gpu, "--gpu")
     # All of the GPU is the default limit of chunk_tokens="auto".
     config = config_from(args, {"memory_limit": limit} if limit and args.config_chunk_tokens == "auto" else None)
     if limit is not None and limit < shape.weights:
@@ -100,13 +102,19 @@ def compute(args: argparse.Namespace) -> Outcome:
         )
     if args.solve and limit is None:
         raise ConfigError(f"--solve {args.solve} needs --gpu: a name or a size such as 24GiB")
-    prompt = parse_tokens(args.prompt_tokens, "--prompt-tokens") if args.prompt_tokens else None
+    if args.solve == "memory" and config.schedule == "full":
+        raise ConfigError(
+            "--solve memory means nothing with --schedule full, which keeps everything; try --solve prompt"
+        )
+    prompt = None if args.prompt_tokens is None else parse_tokens(args.prompt_tokens, "--prompt-tokens")
     if (prompt is None) != (args.solve == "prompt"):
         raise ConfigError(
             "--prompt-tokens is missing: give a number such as 32768, 128k or 1M"
             if prompt is None
             else "--prompt-tokens and --solve prompt contradict each other; leave one of them out"
         )
+    if prompt is not None and args.solve != "chunk":
+        _check_steps(prompt, config)
     solved = None
     if args.solve and limit is not None:
         prompt, config, at_end = _solve(args.solve, shape, prompt, config, limit, args.device)
@@ -123,10 +131,20 @@ def compute(args: argparse.Namespace) -> Outcome:
     )
 
 
+def _check_steps(prompt: int, config: PrefillConfig) -> None:
+    chunk = config.chunk_tokens
+    if isinstance(chunk, int) and prompt > _MOST_PLANNED * chunk:
+        steps, most = math.ceil(prompt / chunk), format_tokens(_MOST_PLANNED)
+        raise ConfigError(
+            f"{format_tokens(prompt)} tokens in chunks of {format_tokens(chunk)} are {format_tokens(steps)} steps, and "
+            f"a plan has {most} at most; raise --chunk-tokens to at least {math.ceil(prompt / _MOST_PLANNED)}"
+        )
+
+
 def _shape(args: argparse.Namespace) -> ModelShape:
-    if (args.model is None) == (args.model_config is None):
+    if (args.model is None) == (args.model_config is None) or "" in (args.model, args.model_config):
         raise ConfigError("give one model: MODEL (a folder, a .gguf file or a hub id) or --config-json FILE")
-    shape = ModelShape.from_config(read_config(args.model or args.model_config))
+    shape = ModelShape.from_config(read_config(args.model_config if args.model is None else args.model))
     if args.dtype:
         shape = replace(shape, dtype=args.dtype, dtype_bytes=DTYPE_BYTES[args.dtype])
     return shape
@@ -142,10 +160,14 @@ def _solve(
     if isinstance(config.chunk_tokens, str):
         raise ConfigError(f"--solve {what} needs chunk_tokens as a number, got 'auto'; solve one thing at a time")
     if prompt is None:
-        longest = min(_LONGEST_PROMPT, _MOST_STEPS * config.chunk_tokens)
+        mean = config.chunk_tokens
+        longest = min(_LONGEST_PROMPT, MOST_STEPS * mean)
 
         def peak_at_prompt(tokens: int) -> int:
-            return peak_bytes(shape, tokens, config, device)
+            # One token more than whole chunks makes all chunks smaller: what no shorter prompt exceeds is wanted.
+            whole = tokens // mean * mean
+            peaks = [peak_bytes(shape, length, config, device) for length in {tokens, whole, min(tokens, mean)} - {0}]
+            return max(peaks)
 
         found = largest_within(limit, peak_at_prompt, LEAST_CHUNK, longest, "a prompt of one short chunk")
         return found, config, found == longest
@@ -154,7 +176,9 @@ def _solve(
     def peak_at_memory(tokens: int) -> int:
         return peak_bytes(shape, prompt, with_memory(config, tokens), device)
 
-    memory = largest_within(limit, peak_at_memory, least, max(least, prompt), "the smallest memory")
+    # What the pairs alone would fill bounds the search.
+    pairs = (limit - shape.weights) // max(1, shape.kv_bytes_per_token * shape.full_layers)
+    memory = largest_within(limit, peak_at_memory, least, max(least, min(prompt, pairs)), "the smallest memory")
     return prompt, with_memory(config, memory), memory >= prompt
 
 
@@ -206,11 +230,16 @@ def render(outcome: Outcome) -> str:
             f"in {format_bytes(limit)}"
         )
     if outcome.gpu is not None:
+        seconds, work, reads = plan.least_seconds(outcome.gpu), plan.flops / 1e12, len(plan.steps)
         lines.append(
-            f"no faster than {plan.least_seconds(outcome.gpu):.1f} s on {outcome.gpu.title}: "
-            f"{plan.flops / 1e12:,.0f} TFLOP and the weights read {len(plan.steps)} times at its peak rates"
+            f"no faster than {_three_digits(seconds)} s on {outcome.gpu.title}: {_three_digits(work)} TFLOP and the "
+            f"weights read {reads:,} time{'s' * (reads > 1)} at its peak rates"
         )
     return "\n".join(lines)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _solution(outcome: Outcome) -> str:
@@ -225,6 +254,8 @@ def _solution(outcome: Outcome) -> str:
     size = format_bytes(outcome.limit)
     if unbounded and what == "prompt":
         return f"no prompt is too long for {size}: up to {format_tokens(int(value))} tokens were looked at"
+    if what == "prompt":
+        return f"largest prompt that fits {size}: {format_tokens(int(value))} tokens, and so does every shorter one"
     if unbounded:
         return f"the whole prompt fits {size}: {what} of {format_tokens(int(value))} tokens, nothing to cut down"
     return f"largest {what} that fits {size}: {format_tokens(int(value))} tokens"
