@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, find_chromium
+from rich.console import Console
 from tiny_models import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
@@ -219,15 +221,36 @@ def test_predicted_savings_are_those_of_the_planner() -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A report page of three schedules, and the values in it."""
+    """A report page of three schedules and the unpatched model, and the values in it."""
     model, ids = FAMILIES["llama"](), prompt(1000)
     prefills = tuple(measure(model, ids, replace(CONFIG, schedule=name)) for name in ("imdc", "fm", "full"))
+    prefills = (*prefills, measure_unpatched(model, ids))
     shape = ModelShape.from_model(model)
     # A name that would break out of the page if it were not escaped.
     outcome = command.Outcome("</script><b>x", "cpu", shape, 1000, prefills, {1.8: 0.233})
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(page(outcome.as_json()), encoding="utf-8")
     return path, outcome.as_json()
+
+
+def test_tables_fit_into_eighty_columns() -> None:
+    model, ids = FAMILIES["llama"](), prompt(1000)
+    prefills = [measure(model, ids, CONFIG), measure_unpatched(model, ids)]
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    console.print(command.steps_table(prefills[0]))
+    console.print(command.summary_table(prefills))
+    printed = out.getvalue()
+    assert "\u2026" not in printed
+    assert "predicted" in printed and "unpatched" in printed and "tokens/s" in printed
+
+
+def test_page_names_a_local_model_without_its_folder(report: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.touch()
+    text = page({**report[1], "model": str(path)})
+    assert "<h1>model.gguf: 1,000 tokens</h1>" in text
+    assert str(tmp_path) not in text
 
 
 def test_page_stands_alone(report: tuple[Path, dict[str, Any]]) -> None:
@@ -269,7 +292,7 @@ def test_page_in_a_browser(browser: Browser, report: tuple[Path, dict[str, Any]]
     for index in (1, 2):
         browser.move(f"document.querySelectorAll('[role=tab]')[{index}]", click=True)
         assert shown() == expected(index)
-    assert len({prefill["peak_bytes"] for prefill in prefills}) == 3
+    assert len({prefill["peak_bytes"] for prefill in prefills}) == 4
 
     browser.move("document.getElementById('bytes')", across=0.99)
     last = prefills[2]["steps"][-1]
@@ -282,6 +305,16 @@ def test_page_in_a_browser(browser: Browser, report: tuple[Path, dict[str, Any]]
     share = last["retention"][1]
     assert share is not None
     assert f"kept {100 * share:.1f}%" in browser.evaluate("document.getElementById('tip').textContent")
+
+    # Where nothing was compressed the page says so, and one step is named once.
+    browser.move("document.querySelectorAll('[role=tab]')[3]", click=True)
+    assert shown() == expected(3)
+    assert browser.evaluate("document.getElementById('retention').offsetHeight") == 0
+    assert browser.evaluate("document.getElementById('nothing').offsetHeight") > 0
+    assert (
+        browser.evaluate("[...document.querySelectorAll('#bytes text')].filter(t => /step/.test(t.textContent)).length")
+        == 1
+    )
 
     # Nothing sticks out to the side, and dark mode changes the ground.
     assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

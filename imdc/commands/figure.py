@@ -39,8 +39,10 @@ def draw(prefills: Sequence[MeasuredPrefill], path: str) -> None:
         tokens = [measured.step.start + measured.step.chunk_tokens for measured in prefill.steps]
         peaks = [measured.peak_bytes / MIB for measured in prefill.steps]
         predicted = [measured.predicted.above_weights / MIB for measured in prefill.steps]
-        (line,) = axes.plot(tokens, peaks, marker=".", label=f"{prefill.name}, measured")
-        axes.plot(tokens, predicted, linestyle="--", color=line.get_color(), label=f"{prefill.name}, predicted")
+        # The two often lie on each other: a broad pale line with a thin one on it shows both.
+        (line,) = axes.plot(tokens, peaks, marker="o", linewidth=5, alpha=0.35, label=f"{prefill.name}, measured")
+        label, color = f"{prefill.name}, predicted", line.get_color()
+        axes.plot(tokens, predicted, "x--", color=color, linewidth=1.2, markersize=4, label=label)
     axes.set_xlabel("tokens read")
     axes.set_ylabel("peak above the weights, MiB")
     axes.set_ylim(bottom=0)

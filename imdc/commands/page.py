@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from imdc import __version__
@@ -13,9 +14,12 @@ from imdc.commands.page_script import SCRIPT
 
 def page(data: Mapping[str, Any]) -> str:
     """The page for the values of `imdc profile --json`."""
+    # Of a local path the name alone: the page is made to be passed on.
+    model = str(data["model"])
+    name = Path(model).name if Path(model).exists() else model
+    title = f"{name}: {data['prompt_tokens']:,} tokens"
     # "<" may not stand in a script element: a model's name could close it.
-    values = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    title = f"{data['model']}: {data['prompt_tokens']:,} tokens"
+    values = json.dumps({**data, "model": name}, separators=(",", ":")).replace("<", "\\u003c")
     return (
         _PAGE.replace("%TITLE%", html.escape(title))
         .replace("%VERSION%", html.escape(__version__))
@@ -60,6 +64,7 @@ dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 svg, canvas { display: block; width: 100%; touch-action: pan-y; }
 svg { height: 15rem; }
 canvas { height: 14rem; border: 1px solid var(--line); image-rendering: pixelated; }
+svg rect { shape-rendering: crispEdges; }
 svg text { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--line); }
 .memory { fill: var(--memory); } .workspace { fill: var(--workspace); } .working { fill: var(--working); }
@@ -68,12 +73,14 @@ svg text { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nu
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .85rem; color: var(--quiet); }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; }
 .legend i.plan { width: 1.4em; height: 0; border-top: 2px dashed var(--plan); vertical-align: middle; }
+[hidden] { display: none !important; }
 #tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--surface); padding: .4rem .6rem;
   border-radius: .3rem; font-size: .8rem; white-space: pre; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+@media (max-width: 30rem) { table { font-size: .75rem; } th, td { padding: .2rem .3rem; } }
 summary { cursor: pointer; margin-top: 2rem; }
 </style>
 </head>
@@ -105,7 +112,9 @@ summary { cursor: pointer; margin-top: 2rem; }
 <p>Steps from left to right, layers from top to bottom; darker or brighter is more.</p>
 <canvas id="heat" role="img" aria-label="Peak bytes by layer and step"></canvas>
 <h2>Retention</h2>
-<p>Share of each layer's memory that survives a step, from 0% (pale) to 100%. Empty where there is no memory yet.</p>
+<p id="kept">Share of each layer's memory that survives a step, from 0% (pale) to 100%. Empty where there is no memory
+yet.</p>
+<p id="nothing">No memory was compressed: one step reads everything.</p>
 <canvas id="retention" role="img" aria-label="Retention by layer and step"></canvas>
 <h2>All schedules</h2>
 <div class="scroll"><table id="compare"></table></div>

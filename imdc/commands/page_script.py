@@ -7,18 +7,18 @@ SCRIPT = r"""
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 const LEFT = 64, RIGHT = 8, TOP = 10, BOTTOM = 22;
 let shown = 0;
 
 function bytes(amount) {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   while (Math.abs(amount) >= 1024 && unit < 4) { amount /= 1024; unit += 1; }
   const digits = unit === 0 || Math.abs(amount) >= 100 ? 0 : Math.abs(amount) >= 10 ? 1 : 2;
-  return amount.toFixed(digits) + " " + units[unit];
+  return amount.toFixed(digits) + " " + UNITS[unit];
 }
 const count = (value) => Math.round(value).toLocaleString("en-US");
-const percent = (share) => (share >= 0 ? "+" : "") + (100 * share).toFixed(1) + "%";
+const percent = (share) => ((100 * share).toFixed(1) + "%").replace("-0.0", "0.0").replace(/^(?=\d)/, "+");
 const above = (footprint) => footprint.memory + footprint.workspace + footprint.activations + footprint.attention
   + footprint.scoring + footprint.logits;
 
@@ -37,12 +37,17 @@ function element(name, attributes, parent) {
 }
 
 /* A round number at or above the highest value, so that all schedules share one readable axis. */
-function ceiling(value, base) {
+function ceiling(value) {
   if (value <= 0) return 1;
-  const power = Math.pow(base, Math.floor(Math.log(value) / Math.log(base)));
-  const size = value / power;
-  const leads = base === 10 ? [1, 2, 3, 4, 5, 6, 8, 10] : [1, 1.25, 1.5, 1.75, 2];
-  return power * leads.find((lead) => lead >= size - 1e-9);
+  const power = Math.pow(10, Math.floor(Math.log10(value)));
+  return power * [1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10].find((lead) => lead >= value / power - 1e-9);
+}
+/* Round in the unit of the highest value, in which all labels are then. */
+function bytesAxis(value) {
+  let unit = 0;
+  while (value / Math.pow(1024, unit) >= 1024 && unit < 4) unit += 1;
+  const one = Math.pow(1024, unit);
+  return [one * ceiling(value / one), (amount) => Number((amount / one).toFixed(2)) + " " + UNITS[unit]];
 }
 
 function bars(svg, steps, stack, highest, label, line) {
@@ -75,7 +80,7 @@ function bars(svg, steps, stack, highest, label, line) {
   }
   const last = element("text", {x: LEFT + width, y: box.height - 6, "text-anchor": "end"}, svg);
   last.textContent = "step " + steps.length;
-  element("text", {x: LEFT, y: box.height - 6}, svg).textContent = "step 1";
+  if (steps.length > 1) element("text", {x: LEFT, y: box.height - 6}, svg).textContent = "step 1";
   svg.onpointermove = (event) => {
     const area = svg.getBoundingClientRect();
     const x = event.clientX - area.left - LEFT;
@@ -133,6 +138,9 @@ function heats(steps) {
   const peaks = steps.flatMap((step) => step.layer_peaks);
   const low = peaks.reduce((a, b) => Math.min(a, b), Infinity), high = peaks.reduce((a, b) => Math.max(a, b), 0);
   heat("heat", steps, (step) => step.layer_peaks, low, high, (value) => "peak " + bytes(value));
+  const kept = steps.some((step) => step.retention.some((share) => share !== null));
+  byId("kept").hidden = byId("retention").hidden = !kept;
+  byId("nothing").hidden = kept;
   heat("retention", steps, (step) => step.retention, 0, 1, (value) => "kept " + (100 * value).toFixed(1) + "%");
 }
 
@@ -163,9 +171,10 @@ function show(index) {
   const scale = data.prefills.filter((other) => other === prefill || bounded(other.name) && bounded(prefill.name))
     .flatMap((other) => other.steps);
   const most = scale.reduce((high, step) => Math.max(high, step.peak_bytes, above(step.predicted)), 0);
-  bars(byId("bytes"), steps, parts, ceiling(most, 2), bytes, (step) => above(step.predicted));
+  const [top, label] = bytesAxis(most);
+  bars(byId("bytes"), steps, parts, top, label, (step) => above(step.predicted));
   const widest = scale.reduce((high, step) => Math.max(high, total(tokens(step))), 0);
-  bars(byId("tokens"), steps, tokens, ceiling(widest, 10), count, null);
+  bars(byId("tokens"), steps, tokens, ceiling(widest), count, null);
   heats(steps);
   table(byId("steps"), ["step", "from", "chunk", "memory before", "after", "measured", "predicted", "seconds"],
     steps.map((step, at) => [at + 1, count(step.step.start), count(step.step.chunk_tokens),
