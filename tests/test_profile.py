@@ -180,6 +180,8 @@ def test_command_reads_the_beginning_of_a_file(model_folder: str, tmp_path: Path
         (("--prompt-tokens", "1k", "--compare", "fm,imcd"), "got 'imcd'. Did you mean 'imdc'?"),
         (("--prompt-tokens", "1k", "--snapshot", "out.pickle", "--device", "cpu"), "--snapshot needs a CUDA device"),
         (("--prompt-tokens", "1k", "--html", "/no/such/folder/report.html"), "its folder does not exist"),
+        (("--prompt-tokens", "1k", "--html", "/tmp"), "it is a folder"),
+        (("--prompt-tokens", "1k", "--plot", "out.docx"), ".docx is no picture format; use one of"),
         (("--file", "/no/such/file.txt"), "cannot read '/no/such/file.txt': no such file"),
         (("--prompt-tokens", "1k", "--memory-tokens", "8"), "raise memory_tokens to at least 36"),
     ],

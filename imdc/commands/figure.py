@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imdc.errors import ConfigError
@@ -13,14 +14,21 @@ if TYPE_CHECKING:
     from imdc.profiler import MeasuredPrefill
 
 
-def require_matplotlib() -> None:
+def check_figure(path: str) -> None:
     """Refuse before anything was measured.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or does not know the ending of `path`.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    ending = Path(path).suffix.removeprefix(".").lower()
+    # Without an ending matplotlib adds its own.
+    if ending and ending not in known:
+        raise ConfigError(f"--plot {path!r}: .{ending} is no picture format; use one of {', '.join(sorted(known))}")
 
 
 def draw(prefills: Sequence[MeasuredPrefill], path: str) -> None:

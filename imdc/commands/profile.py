@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -147,8 +148,22 @@ def _names(text: str | None, config: PrefillConfig) -> list[str]:
 
 
 def _check_writable(path: str | None) -> None:
-    if path is not None and not Path(path).expanduser().resolve().parent.is_dir():
+    if path is None:
+        return
+    target = Path(path).expanduser().resolve()
+    if not target.parent.is_dir():
         raise ConfigError(f"{path!r} cannot be written: its folder does not exist")
+    if target.is_dir():
+        raise ConfigError(f"{path!r} cannot be written: it is a folder")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigError(f"{path!r} cannot be written: permission denied")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def _prompt_ids(tokenizer: Any, text: str | None, wanted: int | None) -> Any:
@@ -196,14 +211,14 @@ def run(args: argparse.Namespace) -> int:
     from imdc.commands.display import reading_progress
 
     if args.plot:
-        from imdc.commands.figure import draw, require_matplotlib
+        from imdc.commands.figure import check_figure, draw
 
-        require_matplotlib()
+        check_figure(args.plot)
     outcome = compute(args, None if args.json else reading_progress)
     if args.html:
         from imdc.commands.page import page
 
-        Path(args.html).expanduser().write_text(page(outcome.as_json()), encoding="utf-8")
+        _write(args.html, page(outcome.as_json()))
     if args.plot:
         draw(outcome.prefills, args.plot)
     if args.json:

@@ -124,7 +124,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used: {reason} Use --device cpu") from error
+        raise ConfigError(f"device {name!r} cannot be used: {reason.rstrip('.')}; use --device cpu") from error
     return device
 
 
