@@ -12,7 +12,7 @@ from imdc.footprint import StepFootprint, balanced_steps, predict, predict_unpat
 from imdc.hardware import Gpu
 from imdc.modelconfig import SUPPORTED
 from imdc.modelshape import ModelShape
-from imdc.schedule import Step
+from imdc.schedule import Step, tail_rows
 from imdc.units import format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
@@ -30,6 +30,11 @@ class PlannedStep:
     memory_before: int
     memory_after: int
     footprint: StepFootprint
+
+    @property
+    def step(self) -> Step:
+        """The step without its footprint."""
+        return Step(self.index, self.start, self.chunk_tokens, self.memory_before, self.memory_after)
 
     @property
     def predicted_bytes(self) -> int:
@@ -99,6 +104,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "unpatched_peak_bytes": self.unpatched.total_bytes,
             "flops": self.flops,
+            "notes": self.notes(),
             "steps": steps,
         }
 
@@ -138,6 +144,15 @@ class Plan:
         shape, notes = self.shape, []
         if shape.family not in SUPPORTED:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
+        tails = [
+            tail_rows(step.step, self.prompt_tokens, self.config) if shape.full_layers else 0 for step in self.steps
+        ]
+        widest = max(s.memory_before + s.chunk_tokens + t for s, t in zip(self.steps, tails, strict=True))
+        if self.compact and shape.max_positions and widest > shape.max_positions:
+            notes.append(
+                f"note: imdc.patch will refuse this: memory and chunk take {format_tokens(widest)} positions, and the "
+                f"model was trained for {format_tokens(shape.max_positions)}; lower memory_tokens or chunk_tokens"
+            )
         if shape.sliding_layers:
             rest = shape.full_layers
             others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"

@@ -18,7 +18,7 @@ from tiny_models import FAMILIES
 import imdc.commands.plan as command
 from imdc.cli import build_parser, main
 from imdc.config import PrefillConfig
-from imdc.errors import ConfigError, UnsupportedModelError
+from imdc.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from imdc.families import FAMILIES as SUPPORTED_FAMILIES
 from imdc.fit import fit_chunk, largest_within, peak_bytes
 from imdc.hardware import GPUS
@@ -188,6 +188,19 @@ def test_quantised_weights_are_not_counted_in_full(settings: dict[str, Any], bit
     matrices = full.layers * full.layer_matrices
     assert bits / 8 * matrices < made.shape.weights - 2 * (full.parameters - matrices) < (bits + 1) / 8 * matrices
     assert f"weights of {bits} bits" in str(made)
+
+
+def test_plan_says_where_patch_refuses_positions() -> None:
+    model = FAMILIES["llama"]()
+    window = model.config.max_position_embeddings
+    for memory in (window // 2, window):
+        made = plan(model, 2 * window, memory_tokens=memory, chunk_tokens=1024)
+        said = any("imdc.patch will refuse this" in note for note in made.notes())
+        assert made.compact and said is (memory == window)
+    ids = torch.randint(3, 128, (1, 2 * window))
+    refusal = pytest.raises(UnsupportedCallError, match="the model was trained for")
+    with patch(model, memory_tokens=window, chunk_tokens=1024) as handle, refusal:
+        model(ids, past_key_values=handle.new_cache(), logits_to_keep=1)
 
 
 def test_plan_says_what_patch_does_not_support() -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imdc.commands.options import add_config_options, config_from
-from imdc.commands.reading import choose_device, quiet_transformers, read_document
+from imdc.commands.reading import check_writable, choose_device, quiet_transformers, read_document, write_text
 from imdc.config import SCHEDULES, PrefillConfig
 from imdc.errors import ConfigError, did_you_mean
 from imdc.units import format_bytes, format_percent, format_tokens, parse_tokens
@@ -108,7 +106,7 @@ def compute(args: argparse.Namespace, progress: Progress | None = None) -> Outco
     wanted = None if args.prompt_tokens is None else parse_tokens(args.prompt_tokens, "--prompt-tokens")
     text = None if args.file is None else read_document(args.file)
     for path in (args.snapshot, args.plot, args.html):
-        _check_writable(path)
+        check_writable(path)
     device = choose_device(args.device)
     if args.snapshot and device.type != "cuda":
         raise ConfigError("--snapshot needs a CUDA device: only its allocator records allocations")
@@ -145,25 +143,6 @@ def _names(text: str | None, config: PrefillConfig) -> list[str]:
         if name not in known:
             raise ConfigError(f"--compare knows {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
     return list(dict.fromkeys(names))
-
-
-def _check_writable(path: str | None) -> None:
-    if path is None:
-        return
-    target = Path(path).expanduser().resolve()
-    if not target.parent.is_dir():
-        raise ConfigError(f"{path!r} cannot be written: its folder does not exist")
-    if target.is_dir():
-        raise ConfigError(f"{path!r} cannot be written: it is a folder")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise ConfigError(f"{path!r} cannot be written: permission denied")
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def _prompt_ids(tokenizer: Any, text: str | None, wanted: int | None) -> Any:
@@ -218,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         from imdc.commands.page import page
 
-        _write(args.html, page(outcome.as_json()))
+        write_text(args.html, page(outcome.as_json()))
     if args.plot:
         draw(outcome.prefills, args.plot)
     if args.json:

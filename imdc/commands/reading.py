@@ -100,6 +100,35 @@ def read_document(path: str) -> str:
     return text
 
 
+def check_writable(path: str | None) -> None:
+    """Refuse a file that cannot be written, before anything takes time.
+
+    Raises:
+        ConfigError: it is a folder, its folder does not exist, or either may not be written.
+    """
+    if path is None:
+        return
+    target = Path(path).expanduser().resolve()
+    if not target.parent.is_dir():
+        raise ConfigError(f"{path!r} cannot be written: its folder does not exist")
+    if target.is_dir():
+        raise ConfigError(f"{path!r} cannot be written: it is a folder")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigError(f"{path!r} cannot be written: permission denied")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a UTF-8 file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
 def quiet_transformers() -> None:
     """Keep transformers' own progress bars and advice off the terminal; for command line processes only."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
