@@ -129,7 +129,10 @@ def _flops(work: Work) -> int:
 
 def _moved_bytes(work: Work) -> int:
     shape, step = work.shape, work.step
-    weights = shape.layers * shape.layer_parameters * shape.dtype_bytes
+    # Embeddings stay out, and so do experts that no row of a small chunk can reach.
+    embeddings = (shape.parameters - shape.layers * shape.layer_parameters) * shape.dtype_bytes
+    idle = max(0, shape.experts - work.rows * shape.experts_per_token) * shape.expert_parameters
+    weights = int((shape.weights - embeddings) * (1 - idle / shape.layer_parameters))
     # A sliding layer's memory is left out: it makes this less of a bound, never a wrong one.
     return weights + shape.full_layers * shape.kv_bytes_per_token * (step.memory_before + step.memory_after)
 
@@ -157,8 +160,8 @@ def memory_cost(shape: ModelShape, config: PrefillConfig, chunk_tokens: int) -> 
     """What a KV pair of memory weighs in bytes against a token of the chunk, for byte-balanced "imdc" chunks.
 
     A pair that is kept takes its place in all layers, one that is attended to in the workspace; a chunk token takes
-    what the step's peak grows by from C to 2C. Temporaries are the Triton backend's whatever runs, so that the steps
-    of a prompt are the same on every machine.
+    what the step's peak grows by where chunks are as large as they can be, M + C. Temporaries are the Triton backend's
+    whatever runs, so that the steps of a prompt are the same on every machine.
     """
 
     def peak(chunk: int) -> int:
@@ -166,7 +169,8 @@ def memory_cost(shape: ModelShape, config: PrefillConfig, chunk_tokens: int) -> 
         work = Work(shape, config, step, 0, False, "triton", False)
         return _peak(work, work.keys).above_weights
 
-    token = max(1.0, (peak(2 * chunk_tokens) - peak(chunk_tokens)) / chunk_tokens)
+    largest = config.memory_tokens + chunk_tokens
+    token = max(1.0, (peak(2 * largest) - peak(largest)) / largest)
     pair = shape.kv_bytes_per_token
     return MemoryCost(before=pair / token, after=pair * shape.full_layers / token)
 

@@ -144,6 +144,24 @@ def test_memory_cost_is_the_ratio_of_bytes() -> None:
     assert cost.before == pytest.approx(pair / token)
 
 
+def test_moved_bytes_are_those_of_the_weights_that_are_touched() -> None:
+    config = PrefillConfig(observer="window", chunk_tokens=64, memory_tokens=512)
+
+    def moved(shape: ModelShape, chunk: int) -> int:
+        steps = build_steps(chunk, replace(config, chunk_tokens=chunk))
+        (step,) = predict(shape, config, steps)
+        return step.moved_bytes - chunk * shape.layers * shape.kv_bytes_per_token
+
+    layers = LLAMA_8B.layers * LLAMA_8B.layer_parameters
+    assert moved(LLAMA_8B, 64) == 2 * layers
+    mixture = replace(LLAMA_8B, experts=8, experts_per_token=2)
+    # One token reaches two of eight experts, four reach all.
+    assert moved(mixture, 4) == 2 * mixture.layers * mixture.layer_parameters
+    assert moved(mixture, 1) == 2 * mixture.layers * (mixture.layer_parameters - 6 * mixture.expert_parameters)
+    halved = replace(LLAMA_8B, weight_bytes=LLAMA_8B.weights - layers)
+    assert moved(halved, 64) == layers
+
+
 def test_unpatched_peak_holds_the_whole_cache() -> None:
     step = predict_unpatched(LLAMA_8B, 100_000)
     assert step.memory == 100_000 * LLAMA_8B.layers * LLAMA_8B.kv_bytes_per_token
