@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from imdc.commands.reading import answer, quiet_transformers, read_document
-from imdc.config import OBSERVERS, PrefillConfig
+from imdc.config import BALANCES, OBSERVERS, PrefillConfig
 from imdc.errors import ImdcError
 from imdc.haystack import Haystack, build_haystack, encode_prompt, number_needle
 from imdc.loading import find_smollm2_gguf, load_model
@@ -132,6 +132,7 @@ def measure(model: Any, tokenizer: Any, samples: Sequence[Sample], args: argpars
                 observer=observer,
                 memory_tokens=args.memory_tokens,
                 chunk_tokens=args.chunk_tokens,
+                balance=args.balance,
             )
         answers, kv_bytes = [], None
         title = schedule if observer is None else f"{schedule} {observer}"
@@ -176,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
     parser.add_argument("--observers", nargs="+", choices=OBSERVERS, default=OBSERVERS)
+    parser.add_argument("--balance", choices=BALANCES, default=PrefillConfig().balance, help="of imdc's chunks")
     parser.add_argument("--skip-full", action="store_true", help="leave out the unpatched model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: its own choice)")

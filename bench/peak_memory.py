@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from imdc.commands.demo import reference_text
 from imdc.commands.reading import quiet_transformers
-from imdc.config import SCHEDULES, PrefillConfig
+from imdc.config import BALANCES, SCHEDULES, PrefillConfig
 from imdc.errors import ImdcError
 from imdc.loading import find_smollm2_gguf, load_model
 from imdc.profiler import MeasuredPrefill, measure
@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for tokens in args.prompt_tokens:
             for chunk, memory in args.setting:
                 for schedule in args.schedules:
-                    config = PrefillConfig(schedule=schedule, chunk_tokens=chunk, memory_tokens=memory)
+                    config = PrefillConfig(
+                        schedule=schedule, chunk_tokens=chunk, memory_tokens=memory, balance=args.balance
+                    )
                     rows.append(measure(model, ids[:, :tokens], config))
                     print(line(rows[-1]), file=sys.stderr, flush=True)
     except ImdcError as error:
@@ -178,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: three with a memory of 1.8 chunks",
     )
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["fm", "imdc"])
+    parser.add_argument("--balance", choices=BALANCES, default="bytes", help="of imdc's chunks (default: bytes)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: its own choice)")

@@ -118,13 +118,13 @@ def test_imdc_takes_less_than_fm_and_bytes_balance_better_than_tokens(tokens: in
         steps = balanced_steps(LLAMA_8B, tokens, chosen)
         return max(step.above_weights for step in predict(LLAMA_8B, chosen, steps))
 
-    fm, by_tokens, by_bytes = peak(schedule="fm"), peak(balance="tokens"), peak()
+    fm, by_tokens, by_bytes = peak(schedule="fm"), peak(), peak(balance="bytes")
     assert by_bytes < by_tokens < fm
     assert 1 - by_bytes / fm > 0.233
 
 
 def test_balanced_steps_are_the_papers_where_tokens_are_balanced() -> None:
-    config = PrefillConfig(memory_tokens=2048, chunk_tokens=1024, balance="tokens")
+    config = PrefillConfig(memory_tokens=2048, chunk_tokens=1024)
     assert balanced_steps(LLAMA_8B, 32_768, config) == build_steps(32_768, config)
     equal = replace(config, schedule="im", balance="bytes")
     assert balanced_steps(LLAMA_8B, 32_768, equal) == build_steps(32_768, equal)

@@ -82,7 +82,7 @@ def test_plan_prints_a_table() -> None:
         "llama, 32 layers, bfloat16: 131,072 tokens by 'imdc' in 64 steps, memory 4,096, mean chunk 2,048"
     )
     assert lines[1].split() == ["step", "from", "token", "chunk", "memory", "before", "after", "predicted", "peak"]
-    assert lines[2].split()[:5] == ["0", "0", "3,763", "0", "1,024"]
+    assert lines[2].split()[:5] == ["0", "0", "2,048", "0", "1,024"]
     assert len({len(line) for line in lines[1:27]}) == 1
     assert "weights 15.0 GiB" in text
     assert "cache after the prefill 512 MiB, of the whole prompt 16.0 GiB" in text
@@ -194,12 +194,12 @@ def test_plan_says_where_patch_refuses_positions() -> None:
     model = FAMILIES["llama"]()
     window = model.config.max_position_embeddings
     for memory in (window // 2, window):
-        made = plan(model, 2 * window, memory_tokens=memory, chunk_tokens=1024)
+        made = plan(model, 2 * window, memory_tokens=memory, chunk_tokens=1024, schedule="fm")
         said = any("imdc.patch will refuse this" in note for note in made.notes())
         assert made.compact and said is (memory == window)
     ids = torch.randint(3, 128, (1, 2 * window))
     refusal = pytest.raises(UnsupportedCallError, match="the model was trained for")
-    with patch(model, memory_tokens=window, chunk_tokens=1024) as handle, refusal:
+    with patch(model, memory_tokens=window, chunk_tokens=1024, schedule="fm") as handle, refusal:
         model(ids, past_key_values=handle.new_cache(), logits_to_keep=1)
 
 
