@@ -159,7 +159,7 @@ def test_command_compares_schedules_in_one_run(model_folder: str, capsys: pytest
     assert main(["profile", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "below fm's" in printed
-    assert "predicted saving of imdc over fm with this chunk size: " in printed
+    assert "predicted saving of imdc over fm with this chunk size, bytes levelled: " in printed
 
 
 def test_command_reads_the_beginning_of_a_file(model_folder: str, tmp_path: Path) -> None:
@@ -229,7 +229,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     prefills = (*prefills, measure_unpatched(model, ids))
     shape = ModelShape.from_model(model)
     # A name that would break out of the page if it were not escaped.
-    outcome = command.Outcome("</script><b>x", "cpu", shape, 1000, prefills, {1.8: 0.233})
+    outcome = command.Outcome(
+        "</script><b>x", "cpu", shape, 1000, prefills, {"tokens": {1.8: 0.2}, "bytes": {1.8: 0.233}}
+    )
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(page(outcome.as_json()), encoding="utf-8")
     return path, outcome.as_json()

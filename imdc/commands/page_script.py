@@ -195,9 +195,11 @@ table(byId("compare"), ["", "steps", "measured", "predicted", "difference", "sec
   data.prefills.map((prefill) => [prefill.name, count(prefill.steps.length), bytes(prefill.peak_bytes),
     bytes(prefill.predicted_bytes), percent(prefill.error), prefill.seconds.toFixed(2),
     count(prefill.tokens_per_second)]));
+const savings = (balance) => data.predicted_savings.filter((entry) => entry.balance === balance)
+  .map((entry) => (100 * entry.saving).toFixed(1) + "% at M = " + entry.ratio + "C").join(", ");
 if (data.predicted_savings.length)
-  byId("saving").textContent = "Predicted saving of imdc over fm with this chunk size: " + data.predicted_savings
-    .map((entry) => (100 * entry.saving).toFixed(1) + "% at M = " + entry.ratio + "C").join(", ");
+  byId("saving").textContent = "Predicted saving of imdc over fm with this chunk size: " + savings("tokens") +
+    " with tokens levelled; " + savings("bytes") + " with bytes levelled (balance=\"bytes\").";
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => heats(data.prefills[shown].steps));
 addEventListener("resize", () => show(shown));
 show(0);

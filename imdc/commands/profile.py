@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imdc.commands.options import add_config_options, config_from
 from imdc.commands.reading import check_writable, choose_device, quiet_transformers, read_document, write_text
-from imdc.config import SCHEDULES, PrefillConfig
+from imdc.config import BALANCES, SCHEDULES, PrefillConfig
 from imdc.errors import ConfigError, did_you_mean
 from imdc.units import format_bytes, format_percent, format_tokens, parse_tokens
 
@@ -40,7 +40,7 @@ class Outcome:
         shape: its sizes.
         prompt_tokens: tokens of the prompt.
         prefills: the measured prefills, in the order asked for.
-        savings: memory over chunk -> share of FM's predicted peak above the weights that IMDC saves there.
+        savings: what IMDC levels -> memory over chunk -> share of FM's predicted peak above the weights that it saves.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Outcome:
     shape: ModelShape
     prompt_tokens: int
     prefills: tuple[MeasuredPrefill, ...]
-    savings: dict[float, float]
+    savings: dict[str, dict[float, float]]
 
     def as_json(self) -> dict[str, Any]:
         """Values for `--json`, and the data of the report page."""
@@ -61,7 +61,11 @@ class Outcome:
             "weight_bytes": self.shape.weights,
             "prompt_tokens": self.prompt_tokens,
             "prefills": [prefill.to_dict() for prefill in self.prefills],
-            "predicted_savings": [{"ratio": ratio, "saving": saving} for ratio, saving in self.savings.items()],
+            "predicted_savings": [
+                {"balance": balance, "ratio": ratio, "saving": saving}
+                for balance, savings in self.savings.items()
+                for ratio, saving in savings.items()
+            ],
         }
 
 
@@ -132,7 +136,8 @@ def compute(args: argparse.Namespace, progress: Progress | None = None) -> Outco
             else:
                 with progress(tokens) as on_step:
                     found.append(measure(model, ids, chosen, on_step=on_step))
-    savings = predicted_savings(shape, tokens, config, device.type)
+    levelled = {balance: replace(config, balance=balance) for balance in BALANCES}
+    savings = {balance: predicted_savings(shape, tokens, way, device.type) for balance, way in levelled.items()}
     return Outcome(args.model, device.type, shape, tokens, tuple(found), savings)
 
 
@@ -275,9 +280,10 @@ def notes(outcome: Outcome) -> list[str]:
     lines = []
     if "fm" in peaks and "imdc" in peaks:
         lines.append(f"imdc's measured peak is {100 * (1 - peaks['imdc'] / peaks['fm']):.1f}% below fm's")
-    if outcome.savings:
-        values = ", ".join(f"{100 * saving:.1f}% at M = {ratio:g}C" for ratio, saving in outcome.savings.items())
-        lines.append(f"predicted saving of imdc over fm with this chunk size: {values}")
+    for balance, savings in outcome.savings.items():
+        values = ", ".join(f"{100 * saving:.1f}% at M = {ratio:g}C" for ratio, saving in savings.items())
+        if values:
+            lines.append(f"predicted saving of imdc over fm with this chunk size, {balance} levelled: {values}")
     if outcome.device != "cuda":
         lines.append("counted by operator results; the seconds include the counting")
     return lines
