@@ -19,7 +19,13 @@ from tiny_models import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
 import imdc.commands.profile as command
-from imdc.allocations import DispatchAllocations, peak_resident_bytes, reset_peak_resident, resident_bytes
+from imdc.allocations import (
+    DispatchAllocations,
+    peak_resident_bytes,
+    reset_peak_resident,
+    resident_bytes,
+    return_free_heap,
+)
 from imdc.cli import build_parser, main
 from imdc.commands.page import page
 from imdc.config import PrefillConfig
@@ -74,6 +80,8 @@ def test_counter_survives_reused_addresses() -> None:
 def test_resident_memory_sees_a_peak() -> None:
     if resident_bytes() is None:
         pytest.skip("/proc does not tell the resident memory here")
+    # What earlier tests have freed would hold the block without any growth.
+    return_free_heap()
     reset_peak_resident()
     before = peak_resident_bytes()
     block = torch.ones(64 * MIB // 4)
