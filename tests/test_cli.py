@@ -35,6 +35,8 @@ def document(tmp_path: Path) -> Path:
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line that a command ending with exit status 2 prints."""
+    # What the test itself has written so far, such as transformers' bar while it saves a model.
+    capsys.readouterr()
     try:
         status: Any = main(argv)
     except SystemExit as stop:
