@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, ROOT, circumstances, write
+from record import RESULTS, ROOT, circumstances, options, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         **started,
         "model": model.config.name_or_path,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "options": options(args),
         "samples": [
             {
                 "book": sample.book,

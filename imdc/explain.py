@@ -24,7 +24,7 @@ def explain(model: PreTrainedModel, config: PrefillConfig | None = None, **optio
     chosen = resolve_config(config, **options)
     parts = Parts.of(model)
     _, why = Engine(parts, chosen, model.forward).backend()
-    full = sum(window is None for window in parts.windows)
+    full = len(parts.full_layers)
     lines = [
         f"family: {parts.family.title}",
         f"backend: {why}",

@@ -136,6 +136,11 @@ class Parts:
         )
 
     @property
+    def full_layers(self) -> list[int]:
+        """Layers that attend to everything, whose memory is compressed."""
+        return [layer for layer, window in enumerate(self.windows) if window is None]
+
+    @property
     def trained_window(self) -> int:
         """Positions that the model was trained for."""
         rope = getattr(self.config, "rope_parameters", None) or {}

@@ -68,10 +68,9 @@ def predict(
         backend: "triton", "flash", "sdpa" or "reference": which temporaries attention and scoring need.
         compact: the memory is numbered anew at every step, which takes rotated copies of the keys.
     """
-    prompt = sum(step.chunk_tokens for step in steps)
     footprints, workspace_keys = [], 0
-    for step in steps:
-        tail = tail_rows(step, prompt, config) if shape.full_layers else 0
+    tails = tail_rows(steps, config, full_layers=shape.full_layers)
+    for step, tail in zip(steps, tails, strict=True):
         work = Work(shape, config, step, tail, step is steps[-1], backend, compact)
         workspace_keys = max(workspace_keys, work.keys)
         footprints.append(_peak(work, workspace_keys))
@@ -138,7 +137,7 @@ def _moved_bytes(work: Work) -> int:
 
 
 def balanced_steps(
-    shape: ModelShape,
+    shape: ModelShape | None,
     prompt_tokens: int,
     config: PrefillConfig,
     *,
@@ -147,11 +146,13 @@ def balanced_steps(
 ) -> tuple[Step, ...]:
     """The steps in which a model of that shape reads a prompt: `build_steps` with what the config balances.
 
-    Args, returns and errors are those of `imdc.schedule.build_steps`.
+    `shape` may be None where the config levels no bytes. Other arguments, returns and errors are those of
+    `imdc.schedule.build_steps`.
     """
     chunk = config.chunk_tokens if chunk_tokens is None else chunk_tokens
     cost = None
-    if config.schedule == "imdc" and config.balance == "bytes" and isinstance(chunk, int) and chunk > 0:
+    if config.levels_bytes and isinstance(chunk, int) and chunk > 0:
+        assert shape is not None, "bytes are levelled by the model's sizes"
         cost = memory_cost(shape, config, chunk)
     return build_steps(prompt_tokens, config, stored_tokens=stored_tokens, chunk_tokens=chunk_tokens, cost=cost)
 

@@ -12,7 +12,7 @@ from imdc.footprint import StepFootprint, balanced_steps, predict, predict_unpat
 from imdc.hardware import Gpu
 from imdc.modelconfig import SUPPORTED
 from imdc.modelshape import ModelShape
-from imdc.schedule import Step, tail_rows
+from imdc.schedule import Step, tail_rows, widest_step
 from imdc.units import format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
@@ -144,10 +144,8 @@ class Plan:
         shape, notes = self.shape, []
         if shape.family not in SUPPORTED:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
-        tails = [
-            tail_rows(step.step, self.prompt_tokens, self.config) if shape.full_layers else 0 for step in self.steps
-        ]
-        widest = max(s.memory_before + s.chunk_tokens + t for s, t in zip(self.steps, tails, strict=True))
+        steps = [step.step for step in self.steps]
+        widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
         if self.compact and shape.max_positions and widest > shape.max_positions:
             notes.append(
                 f"note: imdc.patch will refuse this: memory and chunk take {format_tokens(widest)} positions, and the "

@@ -21,7 +21,7 @@ from imdc.modelshape import ModelShape
 from imdc.observers import get_observer
 from imdc.report import StepReport
 from imdc.rows import Row
-from imdc.schedule import Step, tail_rows
+from imdc.schedule import Step, tail_rows, widest_step
 
 OnStep = Callable[[StepReport], None]
 
@@ -53,7 +53,7 @@ class Reader:
         """`forward` is the model's own; `chunk` replaces the config's chunk_tokens where it is not None."""
         self.parts, self.config, self.forward = parts, config, forward
         self.backend, self.chunk, self.on_step = backend, chunk, on_step
-        self.shape = ModelShape.from_model(parts.model)
+        self.shape = ModelShape.from_model(parts.model) if config.levels_bytes else None
         self.workspace = Workspace()
         self.observer = get_observer(config.observer)
         self.reports: list[StepReport] = []
@@ -61,11 +61,10 @@ class Reader:
 
     def read(self, row: Row, ids: Tensor, number: int, forward_options: dict[str, Any]) -> Any:
         """Read `ids` int64 [n] into `row`; returns the model's output for the last token."""
-        full = [layer for layer, window in enumerate(self.parts.windows) if window is None]
+        full = self.parts.full_layers
         stored = row.stored(full[0]) if full else 0
         steps = balanced_steps(self.shape, ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
-        # Without a full layer nothing is compressed, and nothing needs votes.
-        tails = [tail_rows(step, ids.numel(), self.config) if full else 0 for step in steps]
+        tails = tail_rows(steps, self.config, full_layers=len(full))
         self._check_window(row, steps, tails)
         if row.compact and row.tokens:
             self._turn(row, -1.0, row.position)
@@ -137,7 +136,7 @@ class Reader:
         window = self.parts.trained_window
         rope = getattr(self.parts.config, "rope_parameters", None) or {}
         if row.compact:
-            widest = max(s.memory_before + s.chunk_tokens + t for s, t in zip(steps, tails, strict=True))
+            widest = widest_step(steps, tails)
             if widest > window:
                 raise UnsupportedCallError(
                     f"memory and chunk take {widest} positions, the model was trained for {window}; lower "

@@ -75,16 +75,21 @@ def attention_pairs(steps: Iterable[Step]) -> int:
     return sum(step.attention_pairs for step in steps)
 
 
-def tail_rows(step: Step, prompt_tokens: int, config: PrefillConfig) -> int:
-    """Prompt-tail rows that ride along with a step for the observer "prompt_tail".
+def tail_rows(steps: Sequence[Step], config: PrefillConfig, *, full_layers: int) -> list[int]:
+    """Prompt-tail rows that ride along with each step of a prefill for the observer "prompt_tail".
 
-    None do where nothing is dropped, nor with the last chunk, which holds them itself.
+    None do where nothing is dropped, nor with the last chunk, which holds them itself; none at all in a model whose
+    layers all have sliding windows: nothing is compressed there.
     """
-    drops = step.memory_after < step.attended_tokens
-    is_last = step.start + step.chunk_tokens == prompt_tokens
-    if config.observer != "prompt_tail" or not drops or is_last:
-        return 0
-    return min(config.observation_tokens, prompt_tokens)
+    rows = min(config.observation_tokens, sum(step.chunk_tokens for step in steps))
+    if config.observer != "prompt_tail" or not full_layers:
+        rows = 0
+    return [rows if step is not steps[-1] and step.memory_after < step.attended_tokens else 0 for step in steps]
+
+
+def widest_step(steps: Sequence[Step], tails: Sequence[int]) -> int:
+    """Positions that the widest step takes with compact positions: memory, chunk and tail rows."""
+    return max(step.attended_tokens + tail for step, tail in zip(steps, tails, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
