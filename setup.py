@@ -33,7 +33,16 @@ setup(
     python_requires=">=3.10",
     # The sources of imdc.kernels lie in ./kernels. A top-level package of that name is never shipped: it would land
     # on Hugging Face's own `kernels`, which transformers imports.
-    packages=["imdc", "imdc.commands", "imdc.kernels"],
+    packages=[
+        "imdc",
+        "imdc.cache",
+        "imdc.cli",
+        "imdc.kernels",
+        "imdc.model",
+        "imdc.planner",
+        "imdc.prefill",
+        "imdc.profiler",
+    ],
     package_dir={"imdc": "imdc", "imdc.kernels": "kernels"},
     package_data={"imdc": ["py.typed"]},
     install_requires=[
@@ -51,7 +60,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["imdc=imdc.cli:main"]},
+    entry_points={"console_scripts": ["imdc=imdc.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

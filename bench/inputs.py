@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from imdc.commands.demo import reference_text
+from imdc.cli.demo import reference_text
 from imdc.errors import ImdcError
 
 

@@ -176,8 +176,8 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
 
 def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> dict[str, float]:
     """Milliseconds of a layer's whole step under every backend, and under "auto" those of the one it takes."""
-    from imdc.backends import AttentionTraits, Backend, choose
     from imdc.errors import ConfigError
+    from imdc.prefill.backends import AttentionTraits, Backend, choose
 
     options: dict[str, Any] = {"scale": SCALE, "rows": OBSERVERS, "pool_kernel": POOL}
 

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from imdc.commands.reading import answer, quiet_transformers, read_document
+from imdc.cli.answer import answer, quiet_transformers, read_document
+from imdc.cli.prompts import Haystack, build_haystack, encode_prompt, number_needle
 from imdc.config import BALANCES, OBSERVERS, PrefillConfig
 from imdc.errors import ImdcError
-from imdc.haystack import Haystack, build_haystack, encode_prompt, number_needle
-from imdc.loading import find_smollm2_gguf, load_model
+from imdc.model.loading import find_smollm2_gguf, load_model
 
 SCHEDULES = ("fm", "im", "imdc")
 QUERY_AWARE = ("prompt_tail",)

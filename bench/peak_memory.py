@@ -1,8 +1,8 @@
 """Predicted against measured peak memory of a prefill, and what IMDC saves against FM at the same memory and chunk.
 
 Bytes are those above the weights: on CUDA `torch.cuda.max_memory_allocated`, on the CPU every tensor that an operator
-returns (see `imdc.profiler`). `--model llama-3.1-8b` is that model's shape with random weights, whose bytes and time
-are those of the real one.
+returns (see `imdc.profiler.measure`). `--model llama-3.1-8b` is that model's shape with random weights, whose bytes
+and time are those of the real one.
 
     python bench/peak_memory.py
     python bench/peak_memory.py --model llama-3.1-8b --prompt-tokens 32768 131072 --setting 4096,7373 2048,4096
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from imdc.commands.reading import quiet_transformers
+from imdc.cli.answer import quiet_transformers
 from imdc.config import BALANCES, SCHEDULES, PrefillConfig
 from imdc.errors import ImdcError
-from imdc.loading import find_smollm2_gguf, load_model
-from imdc.profiler import MeasuredPrefill, measure
+from imdc.model.loading import find_smollm2_gguf, load_model
+from imdc.profiler.measure import MeasuredPrefill, measure
 from imdc.units import MIB
 
 LLAMA = "llama-3.1-8b"

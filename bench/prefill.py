@@ -26,10 +26,10 @@ from record import RESULTS, circumstances, options, write
 from rich.console import Console
 from rich.table import Table
 
-from imdc.commands.reading import Reading, answer, quiet_transformers
+from imdc.cli.answer import Reading, answer, quiet_transformers
 from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
-from imdc.loading import find_smollm2_gguf, load_model
+from imdc.model.loading import find_smollm2_gguf, load_model
 from imdc.schedule import attention_pairs, build_steps
 from imdc.units import MIB
 

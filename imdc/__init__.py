@@ -6,19 +6,18 @@ Names are imported on first use: importing `imdc` changes nothing global and nee
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imdc.cache.cache import ImdcCache as ImdcCache
+    from imdc.cache.file import load_cache as load_cache
+    from imdc.cache.file import save_cache as save_cache
     from imdc.config import PrefillConfig as PrefillConfig
-    from imdc.explain import explain as explain
-    from imdc.memory import ImdcCache as ImdcCache
-    from imdc.patch import PatchHandle as PatchHandle
-    from imdc.patch import patch as patch
-    from imdc.persistence import load_cache as load_cache
-    from imdc.plan import Plan as Plan
-    from imdc.plan import plan as plan
+    from imdc.planner.plan import Plan as Plan
+    from imdc.planner.plan import plan as plan
+    from imdc.prefill.explain import explain as explain
+    from imdc.prefill.patch import PatchHandle as PatchHandle
+    from imdc.prefill.patch import patch as patch
     from imdc.report import PrefillReport as PrefillReport
     from imdc.report import StepReport as StepReport
 
@@ -26,13 +25,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "PrefillConfig": "imdc.config",
-    "ImdcCache": "imdc.memory",
-    "PatchHandle": "imdc.patch",
-    "patch": "imdc.patch",
-    "load_cache": "imdc.persistence",
-    "Plan": "imdc.plan",
-    "explain": "imdc.explain",
-    "plan": "imdc.plan",
+    "ImdcCache": "imdc.cache.cache",
+    "PatchHandle": "imdc.prefill.patch",
+    "patch": "imdc.prefill.patch",
+    "load_cache": "imdc.cache.file",
+    "save_cache": "imdc.cache.file",
+    "Plan": "imdc.planner.plan",
+    "explain": "imdc.prefill.explain",
+    "plan": "imdc.planner.plan",
     "PrefillReport": "imdc.report",
     "StepReport": "imdc.report",
 }
@@ -52,14 +52,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names."""
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """This package, where `imdc.plan` stays the function when Python binds the submodule of that name to it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

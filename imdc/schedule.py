@@ -96,7 +96,8 @@ def widest_step(steps: Sequence[Step], tails: Sequence[int]) -> int:
 class MemoryCost:
     """What one KV pair of memory weighs against one token of the chunk, for balancing "imdc".
 
-    `before` counts the memory that a step starts with, `after` what it leaves; see `imdc.footprint.memory_cost`.
+    `before` counts the memory that a step starts with, `after` what it leaves; see
+    `imdc.planner.footprint.memory_cost`.
     """
 
     before: float

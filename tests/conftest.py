@@ -21,7 +21,7 @@ from tiny_models import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from imdc.loading import SMOLLM2_INSTALL, find_smollm2_gguf, load_model
+from imdc.model.loading import SMOLLM2_INSTALL, find_smollm2_gguf, load_model
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -12,9 +12,9 @@ from kernel_cases import DEVICE
 from tiny_models import FAMILIES, greedy
 
 import imdc
-from imdc.backends import REFERENCE, SDPA, AttentionTraits, choose
 from imdc.errors import ConfigError
-from imdc.flash import find_flash, flash_attention
+from imdc.prefill.backends import REFERENCE, SDPA, AttentionTraits, choose
+from imdc.prefill.flash import find_flash, flash_attention
 
 CPU = AttentionTraits(device_type="cpu", dtype=torch.bfloat16, head_dim=64, softcap=False)
 

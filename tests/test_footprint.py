@@ -11,9 +11,9 @@ from tiny_models import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
 from imdc.config import PrefillConfig
-from imdc.footprint import balanced_steps, memory_cost, predict, predict_unpatched
-from imdc.modelshape import ModelShape
-from imdc.profiler import measure, measure_unpatched
+from imdc.model.shape import ModelShape
+from imdc.planner.footprint import balanced_steps, memory_cost, predict, predict_unpatched
+from imdc.profiler.measure import measure, measure_unpatched
 from imdc.schedule import attention_pairs, build_steps
 
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "phi3")

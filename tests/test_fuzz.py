@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import imdc
-from imdc.attention import StepRun
+from imdc.cache.layers import MemoryLayer
 from imdc.config import BALANCES, GROWTHS, OBSERVERS, SCHEDULES
 from imdc.errors import UnsupportedCallError
-from imdc.layers import MemoryLayer
+from imdc.prefill.step import StepRun
 
 EXAMPLES = int(os.environ.get("IMDC_FUZZ_EXAMPLES", "0"))
 MODES = ("greedy", "beams", "lookup", "assisted")

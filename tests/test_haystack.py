@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from imdc.cli.prompts import build_haystack, chat_prompt, encode_prompt, number_needle
 from imdc.errors import ConfigError
-from imdc.haystack import build_haystack, chat_prompt, encode_prompt, number_needle
 
 PROSE = "The whale rose. Nobody spoke for a while, and the sea was calm. " * 400
 

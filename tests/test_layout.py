@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -13,20 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 300
 
-# Floors of the design; a module imports from its own floor or lower ones. Those not named are held by the absence of
-# cycles alone.
-FLOORS = {
-    "imdc.errors": 0, "imdc.units": 0,
-    "imdc.config": 1,
-    "imdc.schedule": 2, "imdc.footprint": 2,
-    "imdc.observers": 3,
-    "imdc.memory": 4, "imdc.families": 5,
-    "imdc.attention": 5,
-    "imdc.engine": 6,
-    "imdc.patch": 7, "imdc.probe": 7,
-    "imdc.profiler": 8,
-    "imdc.cli": 9,
-}  # fmt: skip
+# Rooms and their floors; "" is the root of the package, what all rooms share.
+FLOORS = {"kernels": 0, "": 1, "model": 2, "cache": 3, "planner": 3, "prefill": 4, "profiler": 5, "cli": 6}
+NO_TORCH = ("", "planner", "imdc.model.families", "imdc.model.shape", "imdc.model.config_file")
 
 
 def sources() -> dict[str, Path]:
@@ -64,30 +54,46 @@ def graph(*, lazy: bool = False) -> dict[str, set[str]]:
     }
 
 
-def test_imports_have_no_cycle() -> None:
-    order = list(TopologicalSorter(graph()).static_order())
+def room(name: str) -> str:
+    """The room of a module."""
+    first = name.split(".")[1]
+    return first if first in FLOORS else ""
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["imported", "imported in functions too"])
+def test_imports_have_no_cycle(lazy: bool) -> None:
+    order = list(TopologicalSorter(graph(lazy=lazy)).static_order())
     assert set(order) == sources().keys() - {"imdc"}
 
 
-@pytest.mark.parametrize("name", FLOORS)
-def test_imports_go_downward(name: str) -> None:
-    known = graph()
-    if name not in known:
-        pytest.skip(f"{name} is not built yet")
-    above = {other for other in known[name] if FLOORS.get(other, 0) > FLOORS[name]}
-    assert not above
+@pytest.mark.parametrize("name", sorted(sources().keys() - {"imdc"}))
+def test_imports_between_rooms_go_down(name: str) -> None:
+    found = graph(lazy=True)[name]
+    assert not {other for other in found if room(other) != room(name) and FLOORS[room(other)] >= FLOORS[room(name)]}
 
 
-def test_kernels_know_nothing_of_the_rest() -> None:
-    for name, found in graph(lazy=True).items():
-        if name.startswith("imdc.kernels"):
-            assert all(other.startswith("imdc.kernels") for other in found), name
+@pytest.mark.parametrize("name", [name for name in sources() if room(f"{name}.") in NO_TORCH or name in NO_TORCH])
+def test_rooms_without_torch_import_none(name: str) -> None:
+    tree = ast.parse(sources()[name].read_text(encoding="utf-8"))
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {one for one in named if one.split(".")[0] in ("torch", "transformers", "triton")}
 
 
-def test_commands_are_imported_by_the_command_line_alone() -> None:
-    for name, found in graph(lazy=True).items():
-        if not name.startswith(("imdc.commands", "imdc.cli")):
-            assert not any(other.startswith(("imdc.commands", "imdc.cli")) for other in found), name
+def test_the_map_in_contributing_is_the_tree() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| `([\w/]+)/` \| ([^|]+) \|", text, flags=re.MULTILINE)
+    shown = {folder.removeprefix("imdc/").removeprefix("imdc"): (int(floor), files) for floor, folder, files in rows}
+    assert {name: floor for name, (floor, _) in shown.items()} == FLOORS
+    for name, (_, files) in shown.items():
+        folder = ROOT / "kernels" if name == "kernels" else ROOT / "imdc" / name
+        assert re.findall(r"`(\w+)`", files) == sorted(
+            path.stem for path in folder.glob("*.py") if path.stem[:2] != "__"
+        )
+
+
+def test_the_root_is_small() -> None:
+    assert len(list((ROOT / "imdc").glob("*.py"))) <= 10
 
 
 @pytest.mark.parametrize("path", sources().values(), ids=sources().keys())

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from imdc import loading
-from imdc.loading import LoadError, cache_dir, find_smollm2_gguf, load_model
+from imdc.model.loading import LoadError, cache_dir, find_smollm2_gguf, load_model
 
 needs_smollm2 = pytest.mark.skipif(find_smollm2_gguf() is None, reason=f"needs {loading.SMOLLM2_INSTALL}")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import imdc
+from imdc.cache.cache import ImdcCache
+from imdc.cache.layers import MemoryLayer
 from imdc.errors import UnsupportedCallError
-from imdc.layers import MemoryLayer
-from imdc.memory import ImdcCache
 
 MEMORY, CHUNK, TAIL = 64, 32, 32
 LIMITS = {"memory_tokens": MEMORY, "chunk_tokens": CHUNK, "sink_tokens": 2, "recent_tokens": 8}

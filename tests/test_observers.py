@@ -11,9 +11,9 @@ from tiny_models import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imdc
-from imdc.backends import REFERENCE, SDPA, Backend
 from imdc.config import PrefillConfig
-from imdc.observers import OBSERVERS, Observation, get_observer
+from imdc.prefill.backends import REFERENCE, SDPA, Backend
+from imdc.prefill.observers import OBSERVERS, Observation, get_observer
 
 B, HQ, HKV, D = 1, 6, 2, 16
 

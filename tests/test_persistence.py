@@ -17,8 +17,8 @@ from tiny_models import FAMILIES, build, greedy
 from transformers import PreTrainedModel
 
 import imdc
+from imdc.cache.cache import ImdcCache
 from imdc.errors import CacheMismatchError, UnsupportedCallError
-from imdc.memory import ImdcCache
 
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}
 
@@ -46,7 +46,7 @@ def saved(tmp_path: Path) -> Path:
     """A cache file of the llama with seed 0."""
     path = tmp_path / "document.safetensors"
     model = FAMILIES["llama"]()
-    read(model, prompt(150))[1].save(path)
+    imdc.save_cache(read(model, prompt(150))[1], path)
     return path
 
 
@@ -55,7 +55,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_loaded_cache_answers_as_the_one_it_was_saved_from(family: str, positions: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     history, cache = read(model, prompt(150), positions=positions)
-    cache.save(tmp_path / "cache")
+    imdc.save_cache(cache, tmp_path / "cache")
     loaded = [imdc.load_cache(tmp_path / "cache", model) for _ in range(2)]
     assert loaded[0].kv_bytes() == cache.kv_bytes()
     for number, one in enumerate(loaded):
@@ -70,7 +70,7 @@ def test_padded_rows_are_saved_and_loaded(tmp_path: Path) -> None:
     mask[0, :70] = 0
     with imdc.patch(model, **TIGHT):
         first = greedy(model, ids, attention_mask=mask)
-        first.past_key_values.save(tmp_path / "cache")
+        imdc.save_cache(first.past_key_values, tmp_path / "cache")
         history = torch.cat((first.sequences, prompt(9, seed=7).expand(2, -1)), dim=1)
         mask = torch.nn.functional.pad(mask, (0, history.shape[1] - mask.shape[1]), value=1)
         loaded = imdc.load_cache(tmp_path / "cache", model)
@@ -84,7 +84,7 @@ def test_a_prompt_read_by_a_plain_call_is_saved_without_a_tail(tmp_path: Path) -
     with imdc.patch(model, **TIGHT) as handle, torch.no_grad():
         cache = handle.new_cache()
         model(prompt(150), past_key_values=cache, logits_to_keep=1)
-    cache.save(tmp_path / "cache")
+    imdc.save_cache(cache, tmp_path / "cache")
     loaded = imdc.load_cache(tmp_path / "cache", model)
     assert loaded.phase == "decode" and loaded.tail == 0 and loaded.stored_tokens() == 64
     assert torch.equal(ask(model, prompt(150), loaded, 0), ask(model, prompt(150), cache, 0))
@@ -111,7 +111,7 @@ def test_another_process_asks_the_document_two_questions(tmp_path: Path) -> None
     model = FAMILIES["gemma3"]()
     model.save_pretrained(tmp_path / "model")
     history, cache = read(model, prompt(150))
-    cache.save(tmp_path / "cache")
+    imdc.save_cache(cache, tmp_path / "cache")
     questions = torch.cat([torch.cat((history, prompt(9, seed=seed)), dim=1) for seed in (100, 101)])
     run = subprocess.run(
         [sys.executable, "-c", ASK_ELSEWHERE, tmp_path / "model", tmp_path / "cache", json.dumps(questions.tolist())],
@@ -214,7 +214,7 @@ def test_files_that_are_no_cache_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_with_both_versions(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imdc.persistence._FORMAT", 2)
+    monkeypatch.setattr("imdc.cache.file._FORMAT", 2)
     with pytest.raises(CacheMismatchError, match=f"has format 1, written by imdc {imdc.__version__}.*reads format 2"):
         imdc.load_cache(saved, FAMILIES["llama"]())
 
@@ -228,9 +228,9 @@ def test_an_interrupted_save_leaves_the_old_file(saved: Path, monkeypatch: pytes
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imdc.persistence.save_file", broken)
+    monkeypatch.setattr("imdc.cache.file.save_file", broken)
     with pytest.raises(KeyboardInterrupt):
-        cache.save(saved)
+        imdc.save_cache(cache, saved)
     assert saved.read_bytes() == data
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
@@ -238,13 +238,13 @@ def test_an_interrupted_save_leaves_the_old_file(saved: Path, monkeypatch: pytes
 def test_what_cannot_be_saved_says_why(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT) as handle, pytest.raises(UnsupportedCallError, match="empty"):
-        handle.new_cache().save(tmp_path / "cache")
+        imdc.save_cache(handle.new_cache(), tmp_path / "cache")
     cache = read(model, prompt(80))[1]
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        cache.save(tmp_path / "no" / "cache")
+        imdc.save_cache(cache, tmp_path / "no" / "cache")
     del model, handle
     with pytest.raises(UnsupportedCallError, match="gone"):
-        cache.save(tmp_path / "cache")
+        imdc.save_cache(cache, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import imdc
-from imdc.memory import ImdcCache
+from imdc.cache.cache import ImdcCache
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
@@ -97,7 +97,7 @@ def test_a_cache_goes_between_placements_of_a_model(
 
     with imdc.patch(placed, **TIGHT):
         first = greedy(placed, prompt())
-    first.past_key_values.save(tmp_path / "cache")
+    imdc.save_cache(first.past_key_values, tmp_path / "cache")
     if all(parameter.is_meta for parameter in placed.parameters()):
         with pytest.warns(RuntimeWarning, match="compared with its config only"):
             loaded = imdc.load_cache(tmp_path / "cache", plain)

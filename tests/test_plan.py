@@ -1,4 +1,4 @@
-"""imdc.plan and the command `imdc plan`: tables, limits, what fits, and bad input."""
+"""imdc.plan() and the command `imdc plan`: tables, limits, what fits, and bad input."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 
-import imdc.commands.plan as command
-from imdc.cli import build_parser, main
+import imdc.cli.plan as command
+from imdc.cli.main import build_parser, main
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
-from imdc.families import FAMILIES as SUPPORTED_FAMILIES
-from imdc.fit import fit_chunk, largest_within, peak_bytes
-from imdc.hardware import GPUS
-from imdc.loading import find_smollm2_gguf
-from imdc.modelconfig import SUPPORTED
-from imdc.modelfile import read_config
-from imdc.modelshape import ModelShape
-from imdc.patch import patch
-from imdc.plan import plan
+from imdc.model.config_defaults import SUPPORTED
+from imdc.model.config_file import read_config
+from imdc.model.families import FAMILIES as SUPPORTED_FAMILIES
+from imdc.model.loading import find_smollm2_gguf
+from imdc.model.shape import ModelShape
+from imdc.planner.fit import fit_chunk, largest_within, peak_bytes
+from imdc.planner.gpus import GPUS
+from imdc.planner.plan import plan
+from imdc.prefill.patch import patch
 from imdc.units import GIB
 
 LLAMA_8B = {

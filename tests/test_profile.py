@@ -18,22 +18,22 @@ from rich.console import Console
 from tiny_models import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
-import imdc.commands.profile as command
-from imdc.allocations import (
+import imdc.cli.profile as command
+from imdc.cli.main import build_parser, main
+from imdc.cli.report_page import page
+from imdc.config import PrefillConfig
+from imdc.errors import UnsupportedCallError
+from imdc.model.shape import ModelShape
+from imdc.planner.fit import peak_bytes
+from imdc.prefill.patch import patch
+from imdc.profiler.allocations import (
     DispatchAllocations,
     peak_resident_bytes,
     reset_peak_resident,
     resident_bytes,
     return_free_heap,
 )
-from imdc.cli import build_parser, main
-from imdc.commands.page import page
-from imdc.config import PrefillConfig
-from imdc.errors import UnsupportedCallError
-from imdc.fit import peak_bytes
-from imdc.modelshape import ModelShape
-from imdc.patch import patch
-from imdc.profiler import cuda_snapshot, measure, measure_unpatched
+from imdc.profiler.measure import cuda_snapshot, measure, measure_unpatched
 from imdc.report import StepReport
 from imdc.units import MIB, format_bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imdc.cli import build_parser
+from imdc.cli.main import build_parser
 from imdc.config import GROWTHS, OBSERVERS, SCHEDULES, PrefillConfig
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

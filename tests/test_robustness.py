@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import imdc
 from imdc import attention
-from imdc.memory import ImdcCache
-from imdc.patch import PatchHandle
+from imdc.cache.cache import ImdcCache
+from imdc.prefill.patch import PatchHandle
 
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
 FAILURES = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, SystemExit]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from imdc.errors import ConfigError
-from imdc.hardware import find_gpu
+from imdc.planner.gpus import find_gpu
 from imdc.units import format_bytes, format_percent, parse_bytes, parse_tokens
 
 

@@ -1,0 +1,221 @@
+"""The compressed KV cache that `generate()` works with: one layer per layer of the model, and the state of its rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from imdc.cache.layers import Mark, MemoryLayer, SlidingLayer
+from imdc.cache.rows import Row, RowState
+from imdc.errors import UnsupportedCallError
+
+
+class ImdcCache(Cache):
+    """The KV cache of a patched model: a list of layers, full-attention ones compressed.
+
+    Attributes:
+        phase: "prefill" when the next forward call reads a prompt, "decode" when it appends to the tail. It is set
+            by the patch and never guessed from shapes.
+        width: columns of the prompt seen so far, left padding included: what `get_seq_length` says.
+        rows: per-row state, None before the first prefill.
+        history: columns of all turns in an assisted call that goes on from a filled cache, until its first forward
+            call; None in others.
+        drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
+    """
+
+    def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:
+        """An empty cache.
+
+        Args:
+            windows: per layer the sliding window in tokens, None for a compressed full-attention layer.
+            owner: weak reference to the model.
+            can_crop: whether generate() may take decoded tokens back.
+        """
+        super().__init__(layers=[MemoryLayer() if window is None else SlidingLayer(window) for window in windows])
+        self.layers: list[Any]
+        self.owner = owner
+        self._can_crop = can_crop
+        self.phase = "prefill"
+        self.rows: RowState | None = None
+        self.history: int | None = None
+        self.drafting = False
+        self._open = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no prompt was read yet."""
+        return self.rows is None
+
+    @property
+    def tail(self) -> int:
+        """Tokens decoded since the last compression."""
+        return self.get_seq_length() - self.width if self.rows is not None else 0
+
+    @property
+    def compact(self) -> bool:
+        """Whether the memory of any row is numbered 0..m-1."""
+        return self.rows is not None and bool(self.rows.compact.any())
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether generate() may decode tokens it could take back: not where decoding compresses them away."""
+        return self._can_crop
+
+    width: int = 0
+
+    def is_full_attention(self, layer: int) -> bool:
+        """Whether `layer` is compressed (the others are sliding-window layers)."""
+        return isinstance(self.layers[layer], MemoryLayer)
+
+    def kv_bytes(self) -> int:
+        """Bytes of the stored keys and values over all layers, spare room of the tail not counted."""
+        stored = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(x.nbytes for x in stored)
+
+    def stored_tokens(self) -> int:
+        """KV pairs stored per KV head in the fullest compressed layer."""
+        return max((layer.stored for layer in self.layers if isinstance(layer, MemoryLayer)), default=0)
+
+    def take_row(self, index: int) -> Row:
+        """Row `index` as views without padding, its tail included; the cache stays as it is."""
+        assert self.rows is not None
+        padding, tail = int(self.rows.padding[index]), self.tail
+        tokens = int(self.rows.tokens[index]) + tail
+        row = Row.empty(len(self.layers))
+        row.tokens, row.position = tokens, int(self.rows.position[index]) + tail
+        row.compact = bool(self.rows.compact[index])
+        for number, layer in enumerate(self.layers):
+            keys, values = layer.keys, layer.values
+            if keys is None or values is None:
+                continue
+            skipped = padding if isinstance(layer, MemoryLayer) else max(0, keys.shape[2] - tokens)
+            row.keys[number] = keys[index : index + 1, :, skipped:]
+            row.values[number] = values[index : index + 1, :, skipped:]
+        return row
+
+    def load_rows(self, rows: list[Row], order: Tensor, width: int) -> None:
+        """Replace the content by `rows`, repeated as `order` (int64 [B]) says; shorter rows are padded at the front.
+
+        The tensors of `rows` are released layer by layer, so that no second copy of the cache builds up. Where that is
+        cut off (out of memory, an interrupt) the cache becomes empty: it then reads its whole history anew.
+        """
+        try:
+            self._load_rows(rows, order, width)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _load_rows(self, rows: list[Row], order: Tensor, width: int) -> None:
+        longest = 0
+        for number, layer in enumerate(self.layers):
+            lengths = [row.stored(number) for row in rows]
+            # transformers sizes the masks of a sliding layer by the columns seen, which may all be padding.
+            least = 0 if isinstance(layer, MemoryLayer) else min(width, layer.sliding_window - 1)
+            keys, values = (self._stack([side[number] for side in sides], order, least) for sides in _sides(rows))
+            for row in rows:
+                row.keys[number] = row.values[number] = None
+            if isinstance(layer, MemoryLayer):
+                longest = max(lengths)
+                paddings = [longest - length for length in lengths]
+                layer.load(keys, values, width)
+            else:
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+                layer.cumulative_length = width
+        state = RowState(
+            tokens=torch.tensor([row.tokens for row in rows]),
+            position=torch.tensor([row.position for row in rows]),
+            padding=torch.tensor(paddings if longest else [0] * len(rows)),
+            compact=torch.tensor([row.compact for row in rows]),
+        )
+        self.rows, self.width = state.select(order), width
+
+    @staticmethod
+    def _stack(rows: list[Tensor | None], order: Tensor, least: int) -> Tensor:
+        parts = [part for part in rows if part is not None]
+        longest = max(least, *(part.shape[2] for part in parts))
+        if order.numel() == 1 and parts[0].shape[2] == longest:
+            return parts[0]
+        out = parts[0].new_zeros(order.numel(), parts[0].shape[1], longest, parts[0].shape[3])
+        for slot, index in enumerate(order.tolist()):
+            out[slot, :, longest - parts[index].shape[2] :] = parts[index][0]
+        return out
+
+    def copy(self) -> ImdcCache:
+        """An independent copy: each of several questions about one prompt can go on from its own."""
+        return copy.deepcopy(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens of the tail in every layer."""
+        full = next((layer for layer in self.layers if isinstance(layer, MemoryLayer)), None)
+        if full is not None and tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - full.seen)
+        super().crop(tokens_to_remove)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append to a layer's tail, as the forward of a patched model asks.
+
+        Raises:
+            UnsupportedCallError: the model is not patched. Its positions and masks would be those of the whole prompt.
+        """
+        if not self._open:
+            raise UnsupportedCallError(
+                "past_key_values is an ImdcCache, which only the patched model can go on from; call imdc.patch(model) "
+                "first, or pass no cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @contextmanager
+    def appending(self) -> Iterator[None]:
+        """Let all layers append the same tokens, or none: where that is cut off, every layer is put back."""
+        marks: list[Mark] = [layer.mark() for layer in self.layers]
+        self._open = True
+        try:
+            yield
+        except BaseException:
+            for layer, mark in zip(self.layers, marks, strict=True):
+                layer.rewind(mark)
+            raise
+        finally:
+            self._open = False
+
+    def record_past(self, record: bool) -> None:
+        """Whether sliding layers keep what leaves their window until the next `crop` (assisted decoding)."""
+        for layer in self.layers:
+            if isinstance(layer, SlidingLayer):
+                layer.record_past = record
+
+    def reset(self) -> None:
+        """Forget everything; the next forward call reads a prompt."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.phase, self.rows, self.width = "prefill", None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.rows is not None:
+            self._select_rows(torch.arange(self.rows.tokens.numel()).repeat_interleave(repeats))
+
+    def _select_rows(self, index: Tensor) -> None:
+        if self.rows is not None:
+            self.rows = self.rows.select(index)
+
+
+def _sides(rows: list[Row]) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+    return [row.keys for row in rows], [row.values for row in rows]

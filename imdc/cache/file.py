@@ -1,0 +1,225 @@
+"""Keep a prefilled cache on disk: read a document once, ask about it later, in any process.
+
+One safetensors file, never pickle. Tensors are `layers.<n>.keys` and `layers.<n>.values` [B, Hkv, stored, D]. The
+header holds `imdc`, a JSON text with everything else (the model's facts, samples of its weights, the state of rows and
+layers), and `sha256`, the checksum of that text and of all tensors. The checksum finds damage, not forgery: it is no
+signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from imdc import __version__
+from imdc.cache.cache import ImdcCache
+from imdc.cache.layers import MemoryLayer
+from imdc.cache.rows import RowState
+from imdc.errors import CacheMismatchError, UnsupportedCallError
+from imdc.model.parts import Parts
+
+# Raise it when a file written by one version cannot be read by the other.
+_FORMAT = 1
+# Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
+_SAMPLE = 64
+_ROW_FIELDS = ("tokens", "position", "padding", "compact")
+
+
+def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
+    """Write `cache` to the file `path`, which appears only when it is complete.
+
+    The memory, the decoded tail and, in sliding-window layers, the last window are kept. Token ids are not: the next
+    `generate()` needs the whole history again, as with a cache in memory.
+
+    Raises:
+        UnsupportedCallError: the cache is empty, or the model that made it is gone.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    path = Path(path)
+    if cache.rows is None:
+        raise UnsupportedCallError("the cache is empty; read a prompt with generate() or model(...) before saving it")
+    model = cache.owner()  # type: ignore[operator]
+    if model is None:
+        raise UnsupportedCallError("the model that filled this cache is gone; save the cache while the model is alive")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {os.fspath(path.parent)!r} does not exist; create it before saving the cache")
+    tensors: dict[str, Tensor] = {}
+    for number, layer in enumerate(cache.layers):
+        for side in ("keys", "values"):
+            tensors[f"layers.{number}.{side}"] = getattr(layer, side).detach().cpu().contiguous()
+    state = json.dumps(
+        {
+            "format": _FORMAT,
+            "imdc": __version__,
+            "model": _facts(Parts.of(model)),
+            "weights": _weight_samples(model),
+            "cache": {"phase": cache.phase, "width": cache.width},
+            "rows": {name: getattr(cache.rows, name).tolist() for name in _ROW_FIELDS},
+            "layers": [_layer_state(layer) for layer in cache.layers],
+        }
+    )
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        save_file(tensors, partial, metadata={"imdc": state, "sha256": _checksum(state, tensors)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCache:
+    """The cache that `save_cache(cache, path)` wrote, on the devices of `model`.
+
+    `generate(history + question, past_key_values=cache)` of the patched model goes on from it. A call appends to the
+    cache it is given, so load it again, or give each question its own `cache.copy()`.
+
+    Args:
+        path: a file of `save_cache`.
+        model: the model that filled the cache, patched or not; its weights, dtype and config must be the same.
+
+    Raises:
+        CacheMismatchError: the file is truncated, altered or no imdc cache, or another model filled it; the message
+            names every difference.
+        FileNotFoundError: there is no such file.
+        UnsupportedModelError: `model` is of no supported family.
+    """
+    path = Path(path)
+    parts = Parts.of(model)
+    state, tensors = _read(path)
+    _compare(path, state, parts)
+    cache = ImdcCache(parts.windows, owner=weakref.ref(model))
+    layers: list[Any] = cache.layers
+    for number, (layer, saved) in enumerate(zip(layers, state["layers"], strict=True)):
+        device = parts.device(number)
+        keys, values = (tensors.pop(f"layers.{number}.{side}").to(device) for side in ("keys", "values"))
+        if isinstance(layer, MemoryLayer):
+            layer.load(keys, values, saved["seen"])
+            layer.tail = saved["tail"]
+        else:
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            layer.cumulative_length = saved["seen"]
+    cache.phase, cache.width = state["cache"]["phase"], state["cache"]["width"]
+    cache.rows = RowState(**{name: torch.tensor(state["rows"][name]) for name in _ROW_FIELDS})
+    return cache
+
+
+def _layer_state(layer: Any) -> dict[str, Any]:
+    shape = list(layer.keys.shape)
+    if isinstance(layer, MemoryLayer):
+        return {"shape": shape, "seen": layer.seen, "tail": layer.tail}
+    return {"shape": shape, "seen": layer.cumulative_length}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _checksum(state: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON state and the tensors of a file whose checksum is right."""
+    name, again = os.fspath(path), "read the prompt again and save the cache anew"
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            # A copy: the file itself may change or go while the cache lives.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CacheMismatchError(f"{name!r} is truncated or no safetensors file ({error}); {again}") from error
+    if "imdc" not in header or "sha256" not in header:
+        raise CacheMismatchError(f"{name!r} is no imdc cache: its header holds {sorted(header)}; {again}")
+    if _checksum(header["imdc"], tensors) != header["sha256"]:
+        raise CacheMismatchError(f"{name!r} was altered after it was saved: its checksum differs; {again}")
+    state: dict[str, Any] = json.loads(header["imdc"])
+    if state["format"] != _FORMAT:
+        raise CacheMismatchError(
+            f"{name!r} has format {state['format']}, written by imdc {state['imdc']}; imdc {__version__} "
+            f"reads format {_FORMAT}: use that version, or {again}"
+        )
+    return state, tensors
+
+
+def _facts(parts: Parts) -> dict[str, Any]:
+    """What two models must share so that one can use the other's cache, in the types that JSON gives back."""
+    config = parts.config
+    attention: Any = parts.decoder.layers[0].self_attn
+    quantization = getattr(parts.model.config, "quantization_config", None)
+    facts = {
+        "model_type": config.model_type,
+        "dtype": str(parts.model.dtype),
+        "quantization": getattr(quantization, "quant_method", None),
+        "layers": len(parts.windows),
+        "hidden_size": config.hidden_size,
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": int(attention.head_dim),
+        "vocab_size": config.vocab_size,
+        "sliding_windows": parts.windows,
+        "rope_parameters": getattr(config, "rope_parameters", None),
+    }
+    result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return result
+
+
+def _weight_samples(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter name to a digest of some elements; without weights that are offloaded or packed by a library."""
+    samples: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        weight: Any = parameter.detach()
+        if hasattr(weight, "to_local"):
+            weight = weight.to_local()
+        if weight.is_meta or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            continue
+        flat = weight.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
+        samples[name] = hashlib.sha256(_bytes(sample)).hexdigest()[:12]
+    return samples
+
+
+def _compare(path: Path, state: dict[str, Any], parts: Parts) -> None:
+    here = _facts(parts)
+    saved = state["model"]
+    differences = [
+        f"{name} is {saved.get(name)!r} in the file, {here.get(name)!r} here"
+        for name in dict.fromkeys((*saved, *here))
+        if saved.get(name) != here.get(name)
+    ]
+    if not differences:
+        ours, theirs = _weight_samples(parts.model), state["weights"]
+        common = [name for name in theirs if name in ours]
+        other = [name for name in common if ours[name] != theirs[name]]
+        if other:
+            differences.append(f"{len(other)} of {len(common)} weights differ, the first is {other[0]}")
+        elif not common:
+            warnings.warn(
+                f"imdc: no weight of the model can be read here (all are offloaded or packed), so "
+                f"{os.fspath(path)!r} was compared with its config only",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if differences:
+        raise CacheMismatchError(
+            f"{os.fspath(path)!r} was filled by another model: {'; '.join(differences)}. "
+            f"Load the model that filled it, or read the prompt again"
+        )

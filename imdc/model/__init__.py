@@ -1,0 +1,1 @@
+"""What model is this: families, the parts of a loaded model, sizes from a config, loading."""

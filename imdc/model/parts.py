@@ -1,0 +1,151 @@
+"""The parts of a loaded model that the engine drives, and where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from imdc.errors import UnsupportedModelError
+from imdc.model.families import Family, family_of
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of a causal language model that the engine drives.
+
+    Attributes:
+        model: the model with its LM head.
+        decoder: the model without it.
+        config: the config that the decoder and its attention modules read.
+        family: its table row.
+        rotary_layers: per layer, whether it rotates queries and keys.
+        layer_types: per layer, the key of its rotary base, None where all share one.
+        windows: per layer, the sliding window in tokens, None for full attention.
+    """
+
+    model: PreTrainedModel
+    decoder: Any
+    config: Any
+    family: Family
+    rotary_layers: tuple[bool, ...]
+    layer_types: tuple[str | None, ...]
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Parts:
+        """Find the parts of `model`.
+
+        Raises:
+            UnsupportedModelError: `model` is not a causal language model of a supported family.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModelError(
+                f"model is a {type(model).__name__}, not a transformers PreTrainedModel; pass the loaded causal model"
+            )
+        family = family_of(model.config)
+        decoder: Any = getattr(model, "model", None)
+        layers = getattr(decoder, "layers", None)
+        if model.get_output_embeddings() is None or not isinstance(decoder, nn.Module) or layers is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no language-model head over a decoder; load it with AutoModelForCausalLM"
+            )
+        config: Any = decoder.config
+        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+            # transformers 5.6 drops the cap there without a word, 5.23 raises at the first token.
+            raise UnsupportedModelError(
+                "attn_implementation='sdpa' cannot cap logits as this model does; load it with "
+                "attn_implementation='eager'"
+            )
+        attentions: list[Any] = [layer.self_attn for layer in layers]
+        flag = family.rope_flag
+        return cls(
+            model=model,
+            decoder=decoder,
+            config=config,
+            family=family,
+            rotary_layers=tuple(flag is None or bool(getattr(attention, flag)) for attention in attentions),
+            layer_types=tuple(
+                config.layer_types[number] if family.rope_by_layer_type else None for number in range(len(layers))
+            ),
+            windows=_windows(config, len(layers)),
+        )
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers that attend to everything, whose memory is compressed."""
+        return [layer for layer, window in enumerate(self.windows) if window is None]
+
+    @property
+    def trained_window(self) -> int:
+        """Positions that the model was trained for."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Its short factors, which hold for all positions of a bounded memory, end here.
+            return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
+        return int(self.config.max_position_embeddings)
+
+    def device(self, layer: int | None = None) -> torch.device:
+        """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
+        module = self.decoder.get_input_embeddings() if layer is None else self.decoder.layers[layer]
+        return _execution_device(module)
+
+    def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [T, R] of `positions` (int64 [T]) without attention scaling; None where nothing turns.
+
+        The scaling of long-context variants (YaRN) is already in the canonical keys, which the model computes at
+        position 0.
+        """
+        if not self.rotary_layers[layer]:
+            return None
+        module: Any = self.decoder.rotary_emb
+        kind = self.layer_types[layer]
+        probe = torch.empty(0, dtype=torch.float32, device=positions.device)
+        if kind is None:
+            cos, sin = module(probe, positions[None])
+            scaling = getattr(module, "attention_scaling", 1.0)
+        else:
+            cos, sin = module(probe, positions[None], kind)
+            scaling = getattr(module, f"{kind}_attention_scaling", 1.0)
+        if scaling != 1.0:
+            cos, sin = cos / scaling, sin / scaling
+        return cos[0].to(dtype), sin[0].to(dtype)
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """The device that accelerate moves a module's weights to, else the one they are on."""
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    weight = next(module.parameters())
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _windows(config: Any, count: int) -> tuple[int | None, ...]:
+    """Per layer the sliding window that transformers' own cache would use.
+
+    Raises:
+        UnsupportedModelError: a layer keeps another kind of state (linear attention, chunked attention).
+    """
+    own = DynamicCache(config=config).layers
+    if not own:
+        return (None,) * count
+    windows: list[int | None] = []
+    for number, layer in enumerate(own):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            windows.append(int(layer.sliding_window))
+        else:
+            raise UnsupportedModelError(
+                f"layer {number} of model_type={config.model_type!r} keeps a {type(layer).__name__}; imdc knows full "
+                f"and sliding-window attention only"
+            )
+    return tuple(windows)

@@ -1,0 +1,264 @@
+"""The sizes of a decoder-only model that its memory and arithmetic follow from, read from its config alone.
+
+Works on any object with the attributes of a transformers config (or a namespace made from config.json), so that a plan
+needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imdc.errors import UnsupportedModelError
+from imdc.model.config_defaults import completed, size_of, weight_bits
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
+
+# config.json leaves out what equals the default of its config class; these classes differ from most others.
+_TIED_BY_DEFAULT = ("gemma", "cohere", "gpt2")
+_QKV_BIAS_BY_DEFAULT = ("qwen2",)
+_QK_NORM = ("qwen3", "gemma3", "olmo2")
+_FOUR_NORMS = ("gemma2", "gemma3")
+_FUSED = ("phi3",)
+_POST_NORM = ("olmo2",)
+_FLOAT_ROTARY = ("olmo2",)
+_TWO_ROTARY_BASES = ("gemma3_text",)
+_OPT_IN_WINDOW = ("qwen2", "qwen3")
+# Every n-th layer sees everything, where config.json is older than `layer_types`.
+_WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6}
+_UNGATED_MLP = ("gpt2", "gpt_neox", "phi", "starcoder2", "falcon", "opt", "bloom", "mpt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of one model.
+
+    Attributes:
+        family: the config's `model_type`.
+        layers: decoder layers, of which `sliding_layers` see a window of `window` keys only and are not compressed.
+        hidden: width H of the residual stream.
+        intermediate: width I of the MLP (of one expert, in a mixture).
+        q_heads: query heads Hq.
+        kv_heads: KV heads Hkv.
+        head_dim: head size D.
+        vocab: rows of the embedding.
+        max_positions: the trained window in tokens; None where the config does not say.
+        rotary: head dimensions that rotary embedding turns, R <= D.
+        dtype: name of the weights' type.
+        dtype_bytes: bytes per weight and per activation.
+        tied: the output head shares the embedding.
+        gated: the MLP has a gate and an up projection (SwiGLU) rather than one.
+        fused: gate and up are one matrix, and so are queries, keys and values (Phi-3); a result lives as long as any
+            part of it.
+        experts: experts per MLP; 1 for a dense model.
+        experts_per_token: experts that each token passes.
+        qkv_bias: query, key and value projections have a bias.
+        qk_norm: queries and keys are normalised per head.
+        softcap: attention logits are capped (Gemma 2), which fused attention cannot do.
+        post_norm: norms follow attention and MLP instead of preceding them (OLMo 2).
+        float_rotary: rotary embedding works in float32 whatever the dtype (OLMo 2).
+        rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
+        norms_per_layer: RMS norms per layer besides those of queries and keys.
+        weight_bits: bits per weight of the layers' matrices where the checkpoint is quantised, else None.
+        text_part: the config has other parts too, such as a vision tower, which are not counted.
+        weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int | None = None
+    rotary: int = 0
+    dtype: str = "float32"
+    dtype_bytes: int = 4
+    sliding_layers: int = 0
+    window: int | None = None
+    tied: bool = False
+    gated: bool = True
+    fused: bool = False
+    experts: int = 1
+    experts_per_token: int = 1
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    softcap: bool = False
+    post_norm: bool = False
+    float_rotary: bool = False
+    rotary_bases: int = 1
+    norms_per_layer: int = 2
+    weight_bits: int | None = None
+    text_part: bool = False
+    weight_bytes: int | None = None
+
+    @property
+    def full_layers(self) -> int:
+        """Layers that attend to everything, whose memory is compressed."""
+        return self.layers - self.sliding_layers
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one MLP, or of one expert of a mixture."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of one decoder layer that are matrices, over which a token is multiplied."""
+        q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + self.expert_parameters * self.experts + router
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = (q_width + 2 * kv_width) * self.qkv_bias
+        # OLMo 2 normalises all heads of a token at once, the others each head by itself.
+        head_norms = (q_width + kv_width if self.post_norm else 2 * self.head_dim) * self.qk_norm
+        return self.layer_matrices + biases + head_norms + self.norms_per_layer * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        if self.weight_bytes is not None:
+            return self.weight_bytes
+        matrices = self.layers * self.layer_matrices if self.weight_bits else 0
+        # Scales and zero points of groups of 64 or 128 weights take about a quarter of a bit per weight.
+        quantised = matrices * (4 * (self.weight_bits or 0) + 1) // 32
+        return (self.parameters - matrices) * self.dtype_bytes + quantised
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token's key and value take in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """The shape that a transformers config describes (its text part, where it has several).
+
+        Raises:
+            UnsupportedModelError: not a decoder-only transformer, or a size is missing.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError("the model is an encoder-decoder; imdc reads prompts of decoder-only models")
+        text_part = getattr(config, "text_config", None) is not None
+        config, family = completed(config)
+        q_heads = size_of(config, family, "num_attention_heads", "n_head")
+        hidden = size_of(config, family, "hidden_size", "n_embd")
+        head_dim = size_of(config, family, "head_dim", default=hidden // q_heads)
+        kv_heads = size_of(config, family, "num_key_value_heads", default=q_heads)
+        if q_heads % kv_heads:
+            raise UnsupportedModelError(
+                f"the config of model type {family!r} has num_attention_heads={q_heads}, which is no multiple of "
+                f"num_key_value_heads={kv_heads}"
+            )
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        layers = size_of(config, family, "num_hidden_layers", "n_layer")
+        dtype = _dtype_name(config)
+        sliding, window = _sliding(config, family, layers)
+        experts = size_of(config, family, "num_local_experts", "num_experts", "n_routed_experts", default=1)
+        widths = (*(("moe_intermediate_size",) if experts > 1 else ()), "intermediate_size", "n_inner")
+        return cls(
+            family=family,
+            layers=layers,
+            hidden=hidden,
+            intermediate=size_of(config, family, *widths, default=4 * hidden if family == "gpt2" else None),
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab=size_of(config, family, "vocab_size"),
+            max_positions=_trained_window(config, family, rope),
+            rotary=int(head_dim * _partial_rotary(config, rope)),
+            dtype=dtype,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            sliding_layers=sliding,
+            window=window,
+            tied=bool(_default(config, "tie_word_embeddings", family.startswith(_TIED_BY_DEFAULT))),
+            gated=family not in _UNGATED_MLP,
+            fused=family in _FUSED,
+            experts=experts,
+            experts_per_token=size_of(config, family, "num_experts_per_tok", default=1),
+            qkv_bias=bool(_default(config, "attention_bias", False)) or family.startswith(_QKV_BIAS_BY_DEFAULT),
+            qk_norm=family.startswith(_QK_NORM),
+            softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+            post_norm=family in _POST_NORM,
+            float_rotary=family in _FLOAT_ROTARY,
+            rotary_bases=1 + (family in _TWO_ROTARY_BASES),
+            weight_bits=weight_bits(config),
+            text_part=text_part,
+            norms_per_layer=4 if family.startswith(_FOUR_NORMS) else 2,
+        )
+
+    @classmethod
+    def from_model(cls, model: Any) -> ModelShape:
+        """The shape of a loaded model, with the bytes its parameters and buffers really take."""
+        storages: dict[int, int] = {}
+        tensors: Iterable[Any] = [*model.parameters(), *model.buffers()]
+        for tensor in tensors:
+            storages[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+        shape = cls.from_config(model.config)
+        # What the embedding gives runs through the model, also where its other weights are quantised.
+        dtype = _dtype_name(model.get_input_embeddings().weight)
+        return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=DTYPE_BYTES[dtype])
+
+
+def _default(config: Any, name: str, default: Any) -> Any:
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def _rope_entry(rope: Any, *names: str) -> Any:
+    """An entry of the rotary settings, where they are one mapping for all layers."""
+    entries = rope if isinstance(rope, Mapping) else {}
+    return next((entries[name] for name in names if entries.get(name) is not None), None)
+
+
+def _trained_window(config: Any, family: str, rope: Any) -> int | None:
+    window = size_of(config, family, "max_position_embeddings", "n_positions", default=0)
+    if _rope_entry(rope, "rope_type", "type") == "longrope":
+        # The short factors, which hold for all positions of a bounded memory, end here.
+        original = _rope_entry(rope, "original_max_position_embeddings")
+        window = original or getattr(config, "original_max_position_embeddings", None) or window
+    return int(window) if window else None
+
+
+def _partial_rotary(config: Any, rope: Any) -> float:
+    share = _rope_entry(rope, "partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    return 1.0 if share is None else float(share)
+
+
+def _dtype_name(source: Any) -> str:
+    """Name of the `dtype` of a config or tensor."""
+    value = getattr(source, "dtype", None)
+    if value is None:
+        value = getattr(source, "torch_dtype", None)
+    name = "float32" if value is None else str(value).rpartition(".")[2]
+    if name not in DTYPE_BYTES:
+        raise UnsupportedModelError(f"the model has dtype {name!r}; a plan knows {', '.join(sorted(DTYPE_BYTES))}")
+    return name
+
+
+def _sliding(config: Any, family: str, layers: int) -> tuple[int, int | None]:
+    """Number of sliding-window layers and their window, by the rules of transformers' own caches."""
+    window = size_of(config, family, "sliding_window", default=0)
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(kinds, (list, tuple)):
+        sliding = sum("sliding" in str(kind) for kind in kinds)
+    elif not window or not _default(config, "use_sliding_window", not family.startswith(_OPT_IN_WINDOW)):
+        sliding = 0
+    else:
+        pattern = getattr(config, "sliding_window_pattern", None) or _WINDOW_PATTERN.get(family)
+        skipped = getattr(config, "max_window_layers", None) or 0
+        sliding = layers - layers // pattern if pattern else max(0, layers - skipped)
+    return (sliding, window) if sliding and window else (0, None)

@@ -1,0 +1,1 @@
+"""What a prefill will take, without torch: plan, predicted bytes, what fits."""

@@ -1,0 +1,188 @@
+"""Predicted bytes and FLOPs of every step, from the sizes of the model alone.
+
+A step's peak is the largest of the phases that `imdc.planner.layer_bytes` lists. To them come the memory of all layers
+(2 b K m per layer; m is memory_after for layers that are done), the workspace 2 b K T that all layers share and that
+keeps the largest T so far, token ids, positions and rotary tables. Not predicted: what an operator allocates inside
+itself, a CUDA context, and the blocks that a caching allocator holds but does not use.
+
+FLOPs count two per multiply-add of every matrix product; `moved_bytes` is what must cross the memory bus at least:
+the layers' weights once per step, the memory read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imdc.config import PrefillConfig
+from imdc.model.shape import ModelShape
+from imdc.planner.layer_bytes import Layers, Phase, Work, phases
+from imdc.schedule import MemoryCost, Step, build_steps, tail_rows
+
+KINDS = ("weights", "memory", "workspace", "activations", "attention", "scoring", "logits")
+
+
+@dataclass(frozen=True, slots=True)
+class StepFootprint:
+    """Bytes alive at the peak of one step, by kind, and what the step computes and moves.
+
+    `phase` names where in a layer the peak is; see the module's text.
+    """
+
+    phase: str
+    weights: int
+    memory: int
+    workspace: int
+    activations: int
+    attention: int
+    scoring: int
+    logits: int
+    flops: int
+    moved_bytes: int
+
+    @property
+    def above_weights(self) -> int:
+        """Bytes besides the weights."""
+        return self.memory + self.workspace + self.activations + self.attention + self.scoring + self.logits
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes."""
+        return self.weights + self.above_weights
+
+
+def predict(
+    shape: ModelShape,
+    config: PrefillConfig,
+    steps: Sequence[Step],
+    *,
+    backend: str = "triton",
+    compact: bool = False,
+) -> tuple[StepFootprint, ...]:
+    """The footprint of every step of a prefill of one prompt row.
+
+    Args:
+        shape: the model.
+        config: the options; its schedule has been turned into `steps` already.
+        steps: the steps in order, as `build_steps` gives them.
+        backend: "triton", "flash", "sdpa" or "reference": which temporaries attention and scoring need.
+        compact: the memory is numbered anew at every step, which takes rotated copies of the keys.
+    """
+    footprints, workspace_keys = [], 0
+    tails = tail_rows(steps, config, full_layers=shape.full_layers)
+    for step, tail in zip(steps, tails, strict=True):
+        work = Work(shape, config, step, tail, step is steps[-1], backend, compact)
+        workspace_keys = max(workspace_keys, work.keys)
+        footprints.append(_peak(work, workspace_keys))
+    return tuple(footprints)
+
+
+def _peak(work: Work, workspace_keys: int) -> StepFootprint:
+    shape, kinds = work.shape, work.kinds
+    per_key = 2 * shape.rotary * shape.rotary_bases
+    # Token ids and positions are int64.
+    tables = work.rows * (per_key * (4 if shape.float_rotary else shape.dtype_bytes) + 16)
+    if work.compact:
+        tables += work.keys * per_key * shape.dtype_bytes
+    stored = sum(layers.count * max(layers.before, layers.after) for layers in kinds)
+    pair = shape.kv_bytes_per_token
+    memory, phase = max(
+        ((pair * (stored + _own(layers, phase)), phase) for layers in kinds for phase in phases(work, layers)),
+        key=lambda found: found[0] + found[1].total_bytes,
+    )
+    return StepFootprint(
+        phase=phase.name,
+        weights=shape.weights,
+        memory=memory,
+        workspace=workspace_keys * pair + tables,
+        activations=phase.activations,
+        attention=phase.attention,
+        scoring=phase.scoring,
+        logits=phase.logits,
+        flops=_flops(work),
+        moved_bytes=_moved_bytes(work),
+    )
+
+
+def _own(running: Layers, phase: Phase) -> int:
+    """KV pairs by which the running layer differs from a finished one, or one to come: whichever stores more.
+
+    The first or the last layer is the one that counts.
+    """
+    own = {"before": running.before, "none": 0, "after": running.after}
+    return own[phase.layer_memory] - max(running.before, running.after)
+
+
+def _flops(work: Work) -> int:
+    shape, rows, before = work.shape, work.rows, work.step.memory_before
+    queries = shape.q_heads * shape.head_dim
+    idle_experts = shape.experts - shape.experts_per_token
+    active = shape.layer_matrices - idle_experts * shape.expert_parameters
+    full_pairs = rows * before + rows * (rows + 1) // 2
+    sliding_pairs = min(full_pairs, rows * (shape.window or 0))
+    pairs = shape.full_layers * full_pairs + shape.sliding_layers * sliding_pairs
+    scored = shape.full_layers * work.observing_rows * (before + rows)
+    head = 2 * shape.vocab * shape.hidden if work.last else 0
+    return 2 * rows * active * shape.layers + 4 * queries * pairs + 2 * queries * scored + head
+
+
+def _moved_bytes(work: Work) -> int:
+    shape, step = work.shape, work.step
+    # Embeddings stay out, and so do experts that no row of a small chunk can reach.
+    embeddings = (shape.parameters - shape.layers * shape.layer_parameters) * shape.dtype_bytes
+    idle = max(0, shape.experts - work.rows * shape.experts_per_token) * shape.expert_parameters
+    weights = int((shape.weights - embeddings) * (1 - idle / shape.layer_parameters))
+    # A sliding layer's memory is left out: it makes this less of a bound, never a wrong one.
+    return weights + shape.full_layers * shape.kv_bytes_per_token * (step.memory_before + step.memory_after)
+
+
+def balanced_steps(
+    shape: ModelShape | None,
+    prompt_tokens: int,
+    config: PrefillConfig,
+    *,
+    stored_tokens: int = 0,
+    chunk_tokens: int | None = None,
+) -> tuple[Step, ...]:
+    """The steps in which a model of that shape reads a prompt: `build_steps` with what the config balances.
+
+    `shape` may be None where the config levels no bytes. Other arguments, returns and errors are those of
+    `imdc.schedule.build_steps`.
+    """
+    chunk = config.chunk_tokens if chunk_tokens is None else chunk_tokens
+    cost = None
+    if config.levels_bytes and isinstance(chunk, int) and chunk > 0:
+        assert shape is not None, "bytes are levelled by the model's sizes"
+        cost = memory_cost(shape, config, chunk)
+    return build_steps(prompt_tokens, config, stored_tokens=stored_tokens, chunk_tokens=chunk_tokens, cost=cost)
+
+
+def memory_cost(shape: ModelShape, config: PrefillConfig, chunk_tokens: int) -> MemoryCost:
+    """What a KV pair of memory weighs in bytes against a token of the chunk, for byte-balanced "imdc" chunks.
+
+    A pair that is kept takes its place in all layers, one that is attended to in the workspace; a chunk token takes
+    what the step's peak grows by where chunks are as large as they can be, M + C. Temporaries are the Triton backend's
+    whatever runs, so that the steps of a prompt are the same on every machine.
+    """
+
+    def peak(chunk: int) -> int:
+        step = Step(0, 0, chunk, config.memory_tokens, config.memory_tokens)
+        work = Work(shape, config, step, 0, False, "triton", False)
+        return _peak(work, work.keys).above_weights
+
+    largest = config.memory_tokens + chunk_tokens
+    token = max(1.0, (peak(2 * largest) - peak(largest)) / largest)
+    pair = shape.kv_bytes_per_token
+    return MemoryCost(before=pair / token, after=pair * shape.full_layers / token)
+
+
+def predict_unpatched(shape: ModelShape, prompt_tokens: int) -> StepFootprint:
+    """The footprint of the model's own prefill: one step over the whole prompt, last logits only.
+
+    Attention is taken to be fused and to need no mask, as flash attention does. transformers' sdpa builds a mask of
+    N x N for sliding windows, and eager attention a float32 matrix; these take more.
+    """
+    whole = Step(0, 0, prompt_tokens, 0, prompt_tokens)
+    config = PrefillConfig(schedule="full", observer="window")
+    work = Work(shape, config, whole, 0, True, "flash", False)
+    return _peak(work, 0)

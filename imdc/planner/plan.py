@@ -1,0 +1,256 @@
+"""plan(): the steps of a prefill, what each takes in memory, and whether it fits, without running anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from imdc.config import PrefillConfig, resolve_config
+from imdc.model.config_defaults import SUPPORTED
+from imdc.model.shape import ModelShape
+from imdc.planner.fit import execution, fit_chunk, limit_bytes, with_chunk
+from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_unpatched
+from imdc.planner.gpus import Gpu
+from imdc.schedule import Step, tail_rows, widest_step
+from imdc.units import format_bytes, format_tokens
+
+__all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
+
+_SHOWN_STEPS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step of a plan: what `Step` says, and the predicted footprint."""
+
+    index: int
+    start: int
+    chunk_tokens: int
+    memory_before: int
+    memory_after: int
+    footprint: StepFootprint
+
+    @property
+    def step(self) -> Step:
+        """The step without its footprint."""
+        return Step(self.index, self.start, self.chunk_tokens, self.memory_before, self.memory_after)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes at the step's peak, weights included."""
+        return self.footprint.total_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a prompt will be read, and what that takes. `str()` of it is a table.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        config: the options; chunk_tokens is a number here, also where "auto" was asked for.
+        shape: the model.
+        steps: the steps in order.
+        backend: the backend whose temporaries are counted.
+        compact: whether the memory is numbered anew at every step.
+        unpatched: the footprint of the model's own prefill of the same prompt.
+    """
+
+    prompt_tokens: int
+    config: PrefillConfig
+    shape: ModelShape
+    steps: tuple[PlannedStep, ...]
+    backend: str
+    compact: bool
+    unpatched: StepFootprint
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak of the whole prefill, weights included."""
+        return self.peak.total_bytes
+
+    @property
+    def peak(self) -> StepFootprint:
+        """The footprint of the step that takes most."""
+        return max((step.footprint for step in self.steps), key=lambda footprint: footprint.total_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the cache that the prefill leaves behind."""
+        shape = self.shape
+        sliding = min(self.prompt_tokens, (shape.window or 1) - 1) * shape.sliding_layers
+        return (self.steps[-1].memory_after * shape.full_layers + sliding) * shape.kv_bytes_per_token
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all steps."""
+        return sum(step.footprint.flops for step in self.steps)
+
+    def least_seconds(self, gpu: Gpu) -> float:
+        """Time on `gpu` below which the prefill cannot be: every step's arithmetic or traffic at the peak rates."""
+        return sum(gpu.least_seconds(step.footprint.flops, step.footprint.moved_bytes) for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings, for JSON; sizes in bytes."""
+        steps = [{**asdict(step), "predicted_bytes": step.predicted_bytes} for step in self.steps]
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "config": asdict(self.config),
+            "model": asdict(self.shape),
+            "backend": self.backend,
+            "compact": self.compact,
+            "weight_bytes": self.shape.weights,
+            "peak_bytes": self.peak_bytes,
+            "memory_bytes": self.memory_bytes,
+            "unpatched_peak_bytes": self.unpatched.total_bytes,
+            "flops": self.flops,
+            "notes": self.notes(),
+            "steps": steps,
+        }
+
+    def __str__(self) -> str:
+        """The steps as a table, with the peak and the comparison below it."""
+        rows = [[_cell(value) for value in _row(step)] for step in _shown(self.steps)]
+        table = [list(_COLUMNS), *rows]
+        widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        return "\n".join([self.title(), *lines, *self.summary()])
+
+    def title(self) -> str:
+        """One line: model, prompt and schedule."""
+        config, shape = self.config, self.shape
+        memory = "all" if config.schedule == "full" else format_tokens(config.memory_tokens)
+        return (
+            f"{shape.family}, {shape.layers} layers, {shape.dtype}: {format_tokens(self.prompt_tokens)} tokens by "
+            f"{config.schedule!r} in {len(self.steps)} step{'s' * (len(self.steps) > 1)}, memory {memory}, "
+            f"mean chunk {format_tokens(round(self.prompt_tokens / len(self.steps)))}"
+        )
+
+    def summary(self) -> list[str]:
+        """The lines below the table."""
+        peak, shape = self.peak, self.shape
+        return [
+            f"peak {format_bytes(peak.total_bytes)}: weights {format_bytes(peak.weights)}, memory "
+            f"{format_bytes(peak.memory)}, workspace {format_bytes(peak.workspace)}, activations "
+            f"{format_bytes(peak.activations + peak.attention + peak.scoring + peak.logits)}",
+            f"cache after the prefill {format_bytes(self.memory_bytes)}, of the whole prompt "
+            f"{format_bytes(shape.layers * shape.kv_bytes_per_token * self.prompt_tokens)}",
+            f"the unpatched model's own prefill: peak {format_bytes(self.unpatched.total_bytes)}",
+            *self.notes(),
+        ]
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers has to know of this model; often nothing."""
+        shape, notes = self.shape, []
+        if shape.family not in SUPPORTED:
+            notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
+        steps = [step.step for step in self.steps]
+        widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
+        if self.compact and shape.max_positions and widest > shape.max_positions:
+            notes.append(
+                f"note: imdc.patch will refuse this: memory and chunk take {format_tokens(widest)} positions, and the "
+                f"model was trained for {format_tokens(shape.max_positions)}; lower memory_tokens or chunk_tokens"
+            )
+        if shape.sliding_layers:
+            rest = shape.full_layers
+            others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
+            window = format_tokens(shape.window or 0)
+            notes.append(
+                f"note: {shape.sliding_layers} of {shape.layers} layers see a window of {window} tokens; {others}"
+            )
+        if shape.text_part:
+            notes.append("note: the text part alone; weights of other parts, such as a vision tower, come on top")
+        if shape.weight_bits and shape.weight_bytes is None:
+            notes.append(
+                f"note: weights of {shape.weight_bits} bits with their scales, as the config says; an estimate"
+            )
+        return notes
+
+
+_COLUMNS = ("step", "from token", "chunk", "memory before", "after", "predicted peak")
+
+
+def _row(step: PlannedStep | None) -> tuple[int | str, ...]:
+    if step is None:
+        return ("..",) * len(_COLUMNS)
+    peak = format_bytes(step.predicted_bytes)
+    return step.index, step.start, step.chunk_tokens, step.memory_before, step.memory_after, peak
+
+
+def _cell(value: int | str) -> str:
+    return format_tokens(value) if isinstance(value, int) else value
+
+
+def _shown(steps: Sequence[PlannedStep]) -> list[PlannedStep | None]:
+    """All steps, or the first and the last ones around a gap."""
+    if len(steps) <= _SHOWN_STEPS:
+        return list(steps)
+    half = _SHOWN_STEPS // 2
+    return [*steps[:half], None, *steps[-half:]]
+
+
+def plan(
+    model_or_config: Any,
+    prompt_tokens: int,
+    config: PrefillConfig | None = None,
+    *,
+    device: str | None = None,
+    device_bytes: int | None = None,
+    **options: Any,
+) -> Plan:
+    """How a prompt of that length will be read by `imdc.patch` with the same options.
+
+    Args:
+        model_or_config: a model, its transformers config, or a `ModelShape`.
+        prompt_tokens: tokens of the prompt, one row.
+        config: the options, or None for the defaults.
+        device: "cuda" or "cpu", for the backend that "auto" takes there; None means where the model is, and "cuda"
+            for a config.
+        device_bytes: what the device has for weights and prefill together; `memory_limit` may be a share of it.
+        options: fields of `PrefillConfig`, instead of or on top of `config`.
+
+    Raises:
+        ConfigError: an option does not work, or nothing fits `memory_limit`.
+        UnsupportedModelError: the config lacks a size that the plan needs.
+    """
+    chosen = resolve_config(config, **options)
+    shape, place = _shape_of(model_or_config)
+    return plan_shape(shape, prompt_tokens, chosen, device=device or place, device_bytes=device_bytes)
+
+
+def _shape_of(source: Any) -> tuple[ModelShape, str]:
+    if isinstance(source, ModelShape):
+        return source, "cuda"
+    if hasattr(source, "parameters") and hasattr(source, "config"):
+        return ModelShape.from_model(source), str(source.device.type)
+    return ModelShape.from_config(source), "cuda"
+
+
+def plan_shape(
+    shape: ModelShape,
+    prompt_tokens: int,
+    config: PrefillConfig,
+    *,
+    device: str = "cuda",
+    device_bytes: int | None = None,
+) -> Plan:
+    """`plan` for a shape and a complete config."""
+    if config.chunk_tokens == "auto":
+        limit = limit_bytes(config, device_bytes)
+        config = with_chunk(config, fit_chunk(shape, prompt_tokens, config, limit, device=device))
+    backend, compact = execution(shape, prompt_tokens, config, device)
+    steps = balanced_steps(shape, prompt_tokens, config)
+    footprints = predict(shape, config, steps, backend=backend, compact=compact)
+    return Plan(
+        prompt_tokens=prompt_tokens,
+        config=config,
+        shape=shape,
+        steps=tuple(_planned(step, footprint) for step, footprint in zip(steps, footprints, strict=True)),
+        backend=backend,
+        compact=compact,
+        unpatched=predict_unpatched(shape, prompt_tokens),
+    )
+
+
+def _planned(step: Step, footprint: StepFootprint) -> PlannedStep:
+    return PlannedStep(step.index, step.start, step.chunk_tokens, step.memory_before, step.memory_after, footprint)

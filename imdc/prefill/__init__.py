@@ -1,0 +1,1 @@
+"""Read a prompt: patch, engine, step, observers, backends."""

@@ -1,0 +1,204 @@
+"""The prefill loop: rows of a batch one after another, each in the steps of its schedule."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imdc.cache.cache import ImdcCache
+from imdc.cache.rows import Row
+from imdc.config import PrefillConfig
+from imdc.errors import UnsupportedCallError
+from imdc.model.parts import Parts
+from imdc.model.shape import ModelShape
+from imdc.planner.fit import fit_chunk, limit_bytes
+from imdc.prefill.backends import Backend, choose, traits_of
+from imdc.prefill.reader import OnStep, Reader
+from imdc.report import PrefillReport
+
+# A step that does not fit is retried with half the chunk, down to this: below, activations no longer matter.
+_LEAST_CHUNK = 32
+
+
+@dataclass(slots=True)
+class Engine:
+    """Prefills prompts of one model by one config."""
+
+    parts: Parts
+    config: PrefillConfig
+    forward: Callable[..., Any]
+    on_step: OnStep | None = None
+
+    def prefill(
+        self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None, **forward_options: Any
+    ) -> tuple[Any, PrefillReport]:
+        """Read the prompt `input_ids` int64 [B, T] into `cache`.
+
+        Rows that are equal are read once. The cache changes only when everything was read: after an error it is as
+        it was.
+
+        Args:
+            cache: empty, or filled by earlier turns.
+            input_ids: new tokens of every row.
+            attention_mask: [B, columns seen + T], or its last T columns; 0 marks padding, on any side. None: none.
+            forward_options: passed to the model's forward with the last chunk.
+
+        Returns:
+            The model's output with logits [B, 1, V] of each row's last token, and the report.
+
+        Raises:
+            UnsupportedCallError: an empty prompt, or positions beyond the model's window.
+        """
+        began = time.perf_counter()
+        prompts = self._prompts(cache, input_ids, attention_mask)
+        order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
+        longest = max(prompt.numel() for prompt in prompts)
+        device = self.parts.device()
+        backend, _ = self.backend()
+        chunk, restarts = self._fitting_chunk(longest, device), 0
+        while True:
+            try:
+                reader = Reader(
+                    self.parts,
+                    self.config,
+                    self.forward,
+                    backend=backend,
+                    chunk=chunk,
+                    on_step=self.on_step,
+                )
+                rows, outputs = [], []
+                for number, index in enumerate(unique):
+                    row = (
+                        self._new_row(prompts[index]) if cache.is_empty else self._old_row(cache, prompts[index], index)
+                    )
+                    outputs.append(reader.read(row, prompts[index].to(device), number, forward_options))
+                    rows.append(row)
+                break
+            except torch.OutOfMemoryError as error:
+                rows, outputs = [], []
+                chunk = self._smaller_chunk(chunk, longest, error)
+                restarts += 1
+        cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
+        output = outputs[0]
+        output.logits = torch.cat([output.logits for output in outputs])[torch.tensor(order)]
+        output.past_key_values = cache
+        report = PrefillReport(
+            config=self.config,
+            backend=backend.name,
+            rows=len(unique),
+            prompt_tokens=sum(prompts[index].numel() for index in unique),
+            memory_tokens=cache.stored_tokens(),
+            kv_bytes=cache.kv_bytes(),
+            seconds=time.perf_counter() - began,
+            steps=tuple(reader.reports),
+            restarts=restarts,
+        )
+        return output, report
+
+    def backend(self) -> tuple[Backend, str]:
+        """The backend for the model where it is now, and why."""
+        parts = self.parts
+        weight = parts.decoder.get_input_embeddings().weight
+        attention: Any = parts.decoder.layers[0].self_attn
+        traits = traits_of(parts.device(), weight.dtype, parts.config, int(attention.head_dim))
+        return choose(self.config.backend, traits)
+
+    def _prompts(self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+        rows, columns = input_ids.shape
+        if columns == 0 or rows == 0:
+            raise UnsupportedCallError(f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; pass a token")
+        if not cache.is_empty and cache.rows is not None and cache.rows.tokens.numel() != rows:
+            raise UnsupportedCallError(
+                f"past_key_values holds {cache.rows.tokens.numel()} rows, input_ids has {rows}; pass as many rows"
+            )
+        if attention_mask is None:
+            return list(input_ids)
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+            raise UnsupportedCallError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} for input_ids {tuple(input_ids.shape)}; "
+                f"pass one column per token, 1 for tokens and 0 for padding"
+            )
+        real = attention_mask[:, -columns:].to(input_ids.device, torch.bool)
+        prompts = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
+        for number, prompt in enumerate(prompts):
+            if prompt.numel() == 0:
+                raise UnsupportedCallError(f"row {number} of input_ids is all padding: an empty prompt; pass a token")
+        return prompts
+
+    def _new_row(self, prompt: Tensor) -> Row:
+        """A row that has read nothing; its own prompt alone decides whether its memory is numbered 0..m-1."""
+        row = Row.empty(len(self.parts.windows))
+        if self.parts.full_layers:
+            beyond = prompt.numel() > self.parts.trained_window
+            row.compact = beyond if self.config.positions == "auto" else self.config.positions == "compact"
+        return row
+
+    def _old_row(self, cache: ImdcCache, prompt: Tensor, index: int) -> Row:
+        """A row of earlier turns. Where this turn goes beyond the window, "auto" numbers its memory anew from now on.
+
+        Raises:
+            UnsupportedCallError: that is too late: of keys that are left between dropped ones no position is known.
+        """
+        row, window = cache.take_row(index), self.parts.trained_window
+        full = self.parts.full_layers
+        end = row.position + prompt.numel()
+        if self.config.positions == "auto" and full and not row.compact and end > window:
+            if row.stored(full[0]) < row.tokens:
+                raise UnsupportedCallError(
+                    f"positions='auto' began with original positions and this turn reaches position {end}, the model "
+                    f"was trained for {window}; patch with positions='compact' and read the conversation anew"
+                )
+            row.compact = True
+        return row
+
+    def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:
+        """The chunk that `memory_limit` allows, where the config asks for "auto"."""
+        if self.config.chunk_tokens != "auto":
+            return None
+        shape = ModelShape.from_model(self.parts.model)
+        free = None
+        if isinstance(self.config.memory_limit, float):
+            free = _free_bytes(device) + shape.weights
+        limit = limit_bytes(self.config, free)
+        return fit_chunk(shape, prompt_tokens, self.config, limit, device=device.type)
+
+    def _smaller_chunk(self, chunk: int | None, prompt_tokens: int, error: Exception) -> int:
+        if chunk is None:
+            assert isinstance(self.config.chunk_tokens, int), "'auto' has become a number"
+            chunk = min(self.config.chunk_tokens, prompt_tokens)
+        if chunk // 2 < _LEAST_CHUNK:
+            raise error
+        warnings.warn(
+            f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {chunk // 2}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return chunk // 2
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the device has free for a prefill."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _distinct(prompts: list[Tensor]) -> tuple[list[int], list[int]]:
+    """(order, unique): prompt i equals prompt unique[order[i]]."""
+    seen: dict[bytes, int] = {}
+    unique: list[int] = []
+    order: list[int] = []
+    for number, prompt in enumerate(prompts):
+        name = prompt.cpu().numpy().tobytes()
+        if name not in seen:
+            seen[name] = len(unique)
+            unique.append(number)
+        order.append(seen[name])
+    return order, unique
