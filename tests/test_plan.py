@@ -383,7 +383,7 @@ def test_search_takes_few_tries_where_peaks_are_straight() -> None:
 
 def test_command_answers_within_two_seconds_and_without_torch(config_json: str) -> None:
     code = (
-        "import sys; from imdc.cli import main; "
+        "import sys; from imdc.cli.main import main; "
         f"main(['plan', '--config-json', {config_json!r}, '--prompt-tokens', '1M', '--gpu', '24GiB', "
         "'--solve', 'memory']); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
