@@ -58,7 +58,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_parser_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    code = "import sys; import imdc.cli.main; imdc.cli.main.build_parser(); print({'torch', 'transformers'} & {*sys.modules})"
+    code = "import sys, imdc.cli.main as cli; cli.build_parser(); print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "set()"
 

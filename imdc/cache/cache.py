@@ -5,28 +5,46 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from imdc.cache.layers import Mark, MemoryLayer, SlidingLayer
 from imdc.cache.rows import Row, RowState
 from imdc.errors import UnsupportedCallError
+from imdc.model import hf
 
 
-class ImdcCache(Cache):
+@dataclass(slots=True)
+class Turn:
+    """What a running generate() call is about, as far as its forward calls must know.
+
+    Attributes:
+        assisted: whether several tokens in one forward call are candidates, of which some are taken back.
+        drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
+        columns: columns of all turns where an assisted call goes on from a filled cache, until its first forward
+            call, which transformers gives the whole text once more; None in others.
+        new_tokens: tokens that will be generated at most; None where that is not known.
+        reached: whether a forward call came with the cache.
+    """
+
+    assisted: bool = False
+    drafting: bool = False
+    columns: int | None = None
+    new_tokens: int | None = None
+    reached: bool = False
+
+
+class ImdcCache(hf.Cache):
     """The KV cache of a patched model: a list of layers, full-attention ones compressed.
 
     Attributes:
-        phase: "prefill" when the next forward call reads a prompt, "decode" when it appends to the tail. It is set
-            by the patch and never guessed from shapes.
+        phase: "prefill" when the next forward call begins a turn, "decode" when it appends to the tail.
         width: columns of the prompt seen so far, left padding included: what `get_seq_length` says.
         rows: per-row state, None before the first prefill.
-        history: columns of all turns in an assisted call that goes on from a filled cache, until its first forward
-            call; None in others.
-        drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
+        turn: of the generate() call that is running, None outside of one.
     """
 
     def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:
@@ -43,8 +61,7 @@ class ImdcCache(Cache):
         self._can_crop = can_crop
         self.phase = "prefill"
         self.rows: RowState | None = None
-        self.history: int | None = None
-        self.drafting = False
+        self.turn: Turn | None = None
         self._open = False
 
     @property
@@ -64,14 +81,13 @@ class ImdcCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether generate() may decode tokens it could take back: not where decoding compresses them away."""
-        return self._can_crop
+        """Whether generate() may decode tokens that it takes back later.
+
+        Not where decoding compresses them away; candidates of assisted decoding are never compressed.
+        """
+        return self._can_crop or (self.turn is not None and self.turn.assisted)
 
     width: int = 0
-
-    def is_full_attention(self, layer: int) -> bool:
-        """Whether `layer` is compressed (the others are sliding-window layers)."""
-        return isinstance(self.layers[layer], MemoryLayer)
 
     def kv_bytes(self) -> int:
         """Bytes of the stored keys and values over all layers, spare room of the tail not counted."""
@@ -151,12 +167,60 @@ class ImdcCache(Cache):
         """An independent copy: each of several questions about one prompt can go on from its own."""
         return copy.deepcopy(self)
 
+    @property
+    def expected_new_tokens(self) -> int | None:
+        """Tokens that the running generate() call will add at most; None where that is not known."""
+        return None if self.turn is None else self.turn.new_tokens
+
+    @contextmanager
+    def during(self, turn: Turn) -> Iterator[None]:
+        """Let forward calls know of the generate() call that is running.
+
+        An assistant goes on drafting from its cache; any other call begins a turn, which is taken back where the call
+        ends before its first forward call.
+        """
+        before = self.phase
+        if self.is_empty or not turn.drafting:
+            self.phase = "prefill"
+        self.turn = turn
+        self._record_past(turn.drafting or turn.assisted)
+        try:
+            yield
+        finally:
+            self.turn = None
+            if not turn.reached:
+                self.phase = before
+            if not turn.drafting:
+                self._record_past(False)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens of the tail in every layer."""
-        full = next((layer for layer in self.layers if isinstance(layer, MemoryLayer)), None)
-        if full is not None and tokens_to_remove > 0:
-            tokens_to_remove = min(0, tokens_to_remove - full.seen)
+        """Remove the last -`tokens_to_remove` tokens in every layer; prompt tokens only where nothing was dropped.
+
+        Raises:
+            UnsupportedCallError: the number is positive, or memory would have to be cut that has dropped KV pairs.
+        """
+        if tokens_to_remove > 0:
+            raise UnsupportedCallError(
+                f"crop({tokens_to_remove}) names a length to keep; pass minus the number of tokens to remove"
+            )
+        removed, tail = -tokens_to_remove, self.tail
+        if removed > tail:
+            self._check_whole(removed)
         super().crop(tokens_to_remove)
+        if removed > tail and self.rows is not None:
+            self.rows.tokens -= removed - tail
+            self.rows.position -= removed - tail
+            self.width -= removed - tail
+            if self.width == 0:
+                self.reset()
+
+    def _check_whole(self, removed: int) -> None:
+        layers = [layer for layer in self.layers if isinstance(layer, MemoryLayer)]
+        if removed > self.get_seq_length() or any(layer.stored != layer.seen for layer in layers):
+            raise UnsupportedCallError(
+                f"crop({-removed}) would cut {removed} tokens, but only the {self.tail} decoded since the last "
+                f"compression can be removed; read the prompt again instead"
+            )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append to a layer's tail, as the forward of a patched model asks.
@@ -166,8 +230,8 @@ class ImdcCache(Cache):
         """
         if not self._open:
             raise UnsupportedCallError(
-                "past_key_values is an ImdcCache, which only the patched model can go on from; call imdc.patch(model) "
-                "first, or pass no cache"
+                f"{hf.CACHE_NAME} is an ImdcCache, which only the patched model can go on from; call "
+                f"imdc.patch(model) first, or pass no cache"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -185,11 +249,13 @@ class ImdcCache(Cache):
         finally:
             self._open = False
 
-    def record_past(self, record: bool) -> None:
+    def _record_past(self, record: bool) -> None:
         """Whether sliding layers keep what leaves their window until the next `crop` (assisted decoding)."""
         for layer in self.layers:
             if isinstance(layer, SlidingLayer):
                 layer.record_past = record
+                if not record:
+                    layer.trim()
 
     def reset(self) -> None:
         """Forget everything; the next forward call reads a prompt."""

@@ -2,9 +2,6 @@
 
 A `MemoryLayer` stores [memory | tail]: what the prefill kept, then what decoding appended. It counts tokens *seen*
 apart from KV pairs *stored*, so that transformers builds its masks and positions from the right one of the two.
-
-transformers before 5.14 cannot crop a sliding window, and gives assisted decoding full layers instead. Those would
-grow with the prompt, so `SlidingLayer` records what it is about to drop, as transformers' own does since 5.14.
 """
 
 from __future__ import annotations
@@ -13,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from imdc.errors import UnsupportedCallError
+from imdc.model import hf
 
 # What a layer held at one moment: tokens stored and seen, and the tail; or the window's tensors and tokens seen.
 Mark = tuple[Any, ...]
@@ -24,7 +21,7 @@ Mark = tuple[Any, ...]
 _TAIL_BLOCK = 128
 
 
-class MemoryLayer(CacheLayerMixin):
+class MemoryLayer(hf.CacheLayerMixin):
     """One full-attention layer: compressed memory and decode tail in one buffer [B, Hkv, capacity, D].
 
     `keys` and `values` are views of the stored part. The buffer grows by blocks, never per token.
@@ -102,30 +99,14 @@ class MemoryLayer(CacheLayerMixin):
         """No limit of its own."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in transformers before 5.10."""
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens of the tail (negative count), or all but the first n seen (transformers < 5.14).
-
-        Raises:
-            UnsupportedCallError: the memory itself would have to be cut; what it dropped cannot come back.
-        """
-        if not self.is_initialized:
+        """Remove the last -`tokens_to_remove` tokens; see `ImdcCache.crop`, which checks that they can be."""
+        removed = -tokens_to_remove
+        if removed == 0 or self.keys is None or self.values is None:
             return
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if removed == 0:
-            return
-        if removed > self.tail:
-            raise UnsupportedCallError(
-                f"crop({tokens_to_remove}) would cut {removed} tokens, but only the {self.tail} decoded since the last "
-                f"compression can be removed; read the prompt again instead"
-            )
-        assert self.keys is not None and self.values is not None
         self.keys, self.values = (x[:, :, : self.stored - removed] for x in (self.keys, self.values))
         self.seen -= removed
-        self.tail -= removed
+        self.tail = max(0, self.tail - removed)
 
     def mark(self) -> Mark:
         """What `rewind` needs to take back all that is appended from now on."""
@@ -168,7 +149,7 @@ class MemoryLayer(CacheLayerMixin):
             self._reindex(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
 
-class SlidingLayer(DynamicSlidingWindowLayer):
+class SlidingLayer(hf.DynamicSlidingWindowLayer):
     """Keys and values [B, Hkv, stored, D] of the last `sliding_window - 1` tokens.
 
     Attributes:
@@ -215,21 +196,27 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self.is_initialized = False
         self.cumulative_length = 0
 
+    def trim(self) -> None:
+        """Drop what has left the window."""
+        if self.keys is not None and self.values is not None:
+            kept = max(0, self.keys.shape[2] - self.sliding_window + 1)
+            self.keys, self.values = self.keys[:, :, kept:], self.values[:, :, kept:]
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens (negative count), or all but the first n seen (transformers < 5.14).
+        """Remove the last -`tokens_to_remove` tokens, and what has left the window then.
 
         Raises:
             UnsupportedCallError: tokens that left the window would have to come back, and were not recorded.
         """
         if self.keys is None or self.values is None:
             return
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.cumulative_length - tokens_to_remove)
-        before, seen = self.sliding_window - 1, self.cumulative_length - removed
+        removed, before = -tokens_to_remove, self.sliding_window - 1
+        seen = self.cumulative_length - removed
         end = self.keys.shape[2] - removed
         if removed and end < min(before, seen):
             raise UnsupportedCallError(
                 f"crop({tokens_to_remove}) would bring back tokens that left the window of {self.sliding_window}; "
-                f"call record_past(True) of the cache before decoding them"
+                f"only assisted decoding keeps those: read the prompt again instead"
             )
         start = max(0, end - before)
         self.keys, self.values = self.keys[:, :, start:end], self.values[:, :, start:end]

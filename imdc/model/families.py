@@ -17,14 +17,14 @@ class Family:
         title: the name people know it by.
         rope_by_layer_type: the rotary module takes the layer type (Gemma 3 has two bases).
         rope_flag: attribute of an attention module that is false where the layer has no rotary embedding.
-        mask_mapping: the decoder's forward takes one mask per layer type.
+        drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
     """
 
     model_type: str
     title: str
     rope_by_layer_type: bool = False
     rope_flag: str | None = None
-    mask_mapping: bool = False
+    drops_cache: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -32,14 +32,14 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama", "Llama, SmolLM2"),
         Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2, Qwen2.5", mask_mapping=True),
-        Family("qwen3", "Qwen3", mask_mapping=True),
-        Family("phi3", "Phi-3, Phi-4"),
-        Family("gemma2", "Gemma 2", mask_mapping=True),
-        Family("gemma3_text", "Gemma 3 (text)", rope_by_layer_type=True, mask_mapping=True),
+        Family("qwen2", "Qwen2, Qwen2.5"),
+        Family("qwen3", "Qwen3"),
+        Family("phi3", "Phi-3, Phi-4", drops_cache=True),
+        Family("gemma2", "Gemma 2"),
+        Family("gemma3_text", "Gemma 3 (text)", rope_by_layer_type=True),
         Family("granite", "Granite"),
         Family("olmo2", "OLMo 2"),
-        Family("smollm3", "SmolLM3", rope_flag="use_rope", mask_mapping=True),
+        Family("smollm3", "SmolLM3", rope_flag="use_rope"),
         Family("qwen3_moe", "Qwen3-MoE"),
         Family("mixtral", "Mixtral"),
     )

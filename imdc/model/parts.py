@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from imdc.errors import UnsupportedModelError
+from imdc.model import hf
 from imdc.model.families import Family, family_of
 
 
@@ -46,6 +46,7 @@ class Parts:
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(
                 f"model is a {type(model).__name__}, not a transformers PreTrainedModel; pass the loaded causal model"
+                f"{', such as model.get_base_model()' if hasattr(model, 'get_base_model') else ''}"
             )
         family = family_of(model.config)
         decoder: Any = getattr(model, "model", None)
@@ -72,7 +73,7 @@ class Parts:
             layer_types=tuple(
                 config.layer_types[number] if family.rope_by_layer_type else None for number in range(len(layers))
             ),
-            windows=_windows(config, len(layers)),
+            windows=hf.sliding_windows(config, len(layers)),
         )
 
     @property
@@ -92,7 +93,7 @@ class Parts:
     def device(self, layer: int | None = None) -> torch.device:
         """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
         module = self.decoder.get_input_embeddings() if layer is None else self.decoder.layers[layer]
-        return _execution_device(module)
+        return hf.execution_device(module)
 
     def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines [T, R] of `positions` (int64 [T]) without attention scaling; None where nothing turns.
@@ -114,38 +115,3 @@ class Parts:
         if scaling != 1.0:
             cos, sin = cos / scaling, sin / scaling
         return cos[0].to(dtype), sin[0].to(dtype)
-
-
-def _execution_device(module: nn.Module) -> torch.device:
-    """The device that accelerate moves a module's weights to, else the one they are on."""
-    for part in module.modules():
-        hook: Any = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            device = getattr(one, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-    weight = next(module.parameters())
-    return torch.device("cpu") if weight.is_meta else weight.device
-
-
-def _windows(config: Any, count: int) -> tuple[int | None, ...]:
-    """Per layer the sliding window that transformers' own cache would use.
-
-    Raises:
-        UnsupportedModelError: a layer keeps another kind of state (linear attention, chunked attention).
-    """
-    own = DynamicCache(config=config).layers
-    if not own:
-        return (None,) * count
-    windows: list[int | None] = []
-    for number, layer in enumerate(own):
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        else:
-            raise UnsupportedModelError(
-                f"layer {number} of model_type={config.model_type!r} keeps a {type(layer).__name__}; imdc knows full "
-                f"and sliding-window attention only"
-            )
-    return tuple(windows)

@@ -16,10 +16,13 @@ from imdc.cache.cache import ImdcCache
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
+from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.fit import fit_chunk, limit_bytes
 from imdc.prefill.backends import Backend, choose, traits_of
+from imdc.prefill.hook import overlay
+from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
 from imdc.report import PrefillReport
 
@@ -37,7 +40,13 @@ class Engine:
     on_step: OnStep | None = None
 
     def prefill(
-        self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None, **forward_options: Any
+        self,
+        cache: ImdcCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        logits_to_keep: int = 1,
+        **forward_options: Any,
     ) -> tuple[Any, PrefillReport]:
         """Read the prompt `input_ids` int64 [B, T] into `cache`.
 
@@ -48,16 +57,20 @@ class Engine:
             cache: empty, or filled by earlier turns.
             input_ids: new tokens of every row.
             attention_mask: [B, columns seen + T], or its last T columns; 0 marks padding, on any side. None: none.
+            logits_to_keep: for how many last tokens of each row logits are given; 0 for every column of `input_ids`,
+                zeros where it is padding.
             forward_options: passed to the model's forward with the last chunk.
 
         Returns:
-            The model's output with logits [B, 1, V] of each row's last token, and the report.
+            The model's output with logits [B, logits_to_keep or T, V], and the report.
 
         Raises:
             UnsupportedCallError: an empty prompt, or positions beyond the model's window.
         """
         began = time.perf_counter()
+        overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
         prompts = self._prompts(cache, input_ids, attention_mask)
+        wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
         longest = max(prompt.numel() for prompt in prompts)
         device = self.parts.device()
@@ -78,7 +91,8 @@ class Engine:
                     row = (
                         self._new_row(prompts[index]) if cache.is_empty else self._old_row(cache, prompts[index], index)
                     )
-                    outputs.append(reader.read(row, prompts[index].to(device), number, forward_options))
+                    prompt = prompts[index].to(device)
+                    outputs.append(reader.read(row, prompt, number, forward_options, keep=wanted.keep(order, number)))
                     rows.append(row)
                 break
             except torch.OutOfMemoryError as error:
@@ -87,8 +101,8 @@ class Engine:
                 restarts += 1
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
         output = outputs[0]
-        output.logits = torch.cat([output.logits for output in outputs])[torch.tensor(order)]
-        output.past_key_values = cache
+        output.logits = wanted.of_batch([output.logits for output in outputs], order)
+        setattr(output, hf.cache_argument(type(self.parts.model).forward), cache)
         report = PrefillReport(
             config=self.config,
             backend=backend.name,
@@ -101,6 +115,11 @@ class Engine:
             restarts=restarts,
         )
         return output, report
+
+    def most_attended(self, tokens: int) -> int:
+        """KV pairs that a step attends to at most, memory and chunk, in a prompt of so many tokens."""
+        chunk = self._fitting_chunk(tokens, self.parts.device())
+        return self.config.memory_tokens + (chunk or int(self.config.chunk_tokens))
 
     def backend(self) -> tuple[Backend, str]:
         """The backend for the model where it is now, and why."""
@@ -116,16 +135,17 @@ class Engine:
             raise UnsupportedCallError(f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; pass a token")
         if not cache.is_empty and cache.rows is not None and cache.rows.tokens.numel() != rows:
             raise UnsupportedCallError(
-                f"past_key_values holds {cache.rows.tokens.numel()} rows, input_ids has {rows}; pass as many rows"
+                f"{hf.CACHE_NAME} holds {cache.rows.tokens.numel()} rows, input_ids has {rows}; pass as many rows"
             )
         if attention_mask is None:
             return list(input_ids)
-        if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+        widths = (columns, cache.get_seq_length() + columns)
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in widths:
             raise UnsupportedCallError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} for input_ids {tuple(input_ids.shape)}; "
                 f"pass one column per token, 1 for tokens and 0 for padding"
             )
-        real = attention_mask[:, -columns:].to(input_ids.device, torch.bool)
+        real = real_tokens(input_ids, attention_mask)
         prompts = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
         for number, prompt in enumerate(prompts):
             if prompt.numel() == 0:

@@ -1,41 +1,70 @@
 """How transformers' attention calls reach the step that is running.
 
-While a prefill runs, the model's attention implementation is `imdc_<its own>`, registered with transformers. That
-function hands the step that is running in this thread its queries, keys and values; where none is running (another
-thread decoding with the same config) it calls the model's own implementation, masks included.
+Attention modules look up their implementation by name in a registry of transformers. While a model is patched, the
+entries that its modules ask for are overlaid: such an entry hands the step that is running in this thread its queries,
+keys and values, and calls what it overlays where none is running, or where another model calls. The model's config is
+never changed, so that a copy of it carries nothing of imdc.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from imdc.errors import ImdcError
+from imdc.model import hf
 from imdc.prefill.step import StepRun
-
-_PREFIX = "imdc_"
 
 _RUNNING: ContextVar[StepRun | None] = ContextVar("imdc_running_step", default=None)
 
 
 @contextmanager
 def running(step: StepRun) -> Iterator[None]:
-    """Make `step` the one that attention calls of this thread belong to."""
+    """Make `step` the one that attention calls of this thread belong to, and check that all its layers came.
+
+    Raises:
+        ImdcError: a layer attended by other means than transformers' registry.
+    """
     token = _RUNNING.set(step)
     try:
         yield
     finally:
         _RUNNING.reset(token)
+    missing = sorted(set(range(len(step.parts.windows))) - step.reached)
+    if missing:
+        raise ImdcError(
+            f"layers {missing} of {type(step.parts.model).__name__} never reached imdc: they do not look up their "
+            f"attention in transformers' registry; load the model without a replacement of its attention modules"
+        )
 
 
-def _attention_function(own: str) -> Callable[..., tuple[Tensor, Any]]:
+class _Overlay:
+    """An entry of a registry of transformers that is put over the one of the same name, and taken off again."""
+
+    def __init__(self, registry: Any, name: str, make: Callable[[Callable[[], Any]], Callable[..., Any]]) -> None:
+        # A new object of the registry's class has no entries of its own, so it shows those that all objects share.
+        shared = type(registry)()
+        found = registry.get(name)
+        self._registry, self._name = registry, name
+        self._own = found if found is not shared.get(name) else None
+        self._ours = make(lambda: self._own or shared.get(name))
+        registry[name] = self._ours
+
+    def remove(self) -> None:
+        if self._registry.get(self._name) is not self._ours:
+            # Somebody has put an entry over ours since; it stays.
+            return
+        del self._registry[self._name]
+        if self._own is not None:
+            self._registry[self._name] = self._own
+
+
+def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]:
     def imdc_attention(
         module: nn.Module,
         query: Tensor,
@@ -46,69 +75,62 @@ def _attention_function(own: str) -> Callable[..., tuple[Tensor, Any]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         step = _RUNNING.get()
-        if step is None:
-            # Eager attention is not registered with transformers: every model file has its own.
-            eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-            function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+        if step is None or not step.serves(module):
+            function = overlaid() or hf.eager_attention(module)
             result: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             return result
         layer: Any = module.layer_idx
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        step.reached.add(int(layer))
         out = step.attend(int(layer), query, key, value, scale=scale, softcap=kwargs.get("softcap"))
         return out.transpose(1, 2), None
 
     return imdc_attention
 
 
-def _mask_function(own: str) -> Callable[..., Any]:
+def _mask(overlaid: Callable[[], Any]) -> Callable[..., Any]:
     def imdc_mask(*args: Any, **kwargs: Any) -> Any:
-        if _RUNNING.get() is not None:
+        step = _RUNNING.get()
+        # A step knows its masks; they would be as large as the chunk times the keys.
+        if step is not None and kwargs.get("config", step.parts.config) is step.parts.config:
             return None
-        return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
+        return overlaid()(*args, **kwargs)
 
     return imdc_mask
 
 
 _lock = threading.Lock()
-_installed: dict[int, tuple[int, str | None]] = {}
+_patches = 0
+_overlays: dict[str, list[_Overlay]] = {}
 
 
-def _register(name: str, own: str) -> None:
-    if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
-        ALL_ATTENTION_FUNCTIONS._global_mapping[name] = _attention_function(own)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name] = _mask_function(own)
-
-
-def unregister_all() -> None:
-    """Take imdc's names out of transformers' registries; called when the last patch is removed.
-
-    Not after every prefill: another thread may hold a name it has just read from a config it shares.
-    """
+def add_patch() -> None:
+    """Count a patched model."""
+    global _patches
     with _lock:
-        for registry in (ALL_ATTENTION_FUNCTIONS._global_mapping, ALL_MASK_ATTENTION_FUNCTIONS._global_mapping):
-            for name in [name for name in registry if name.startswith(_PREFIX)]:
-                del registry[name]
+        _patches += 1
 
 
-@contextmanager
-def installed(config: Any) -> Iterator[None]:
-    """Let the attention modules that read `config` call imdc; nested and concurrent uses share one change.
+def drop_patch() -> None:
+    """Count one patched model less; after the last one the registries are as they were.
 
-    Models can share a config object, and threads a model, so uses are counted and the last one puts the config back.
+    Not after every prefill: another thread may hold an entry that it has just looked up.
     """
+    global _patches
     with _lock:
-        count, own = _installed.get(id(config), (0, config._attn_implementation))
-        if count == 0:
-            name = _PREFIX + (own or "eager")
-            _register(name, own or "eager")
-            config._attn_implementation_internal = name
-        _installed[id(config)] = (count + 1, own)
-    try:
-        yield
-    finally:
-        with _lock:
-            count, own = _installed.pop(id(config))
-            if count > 1:
-                _installed[id(config)] = (count - 1, own)
-            else:
-                config._attn_implementation_internal = own
+        _patches -= 1
+        if _patches == 0:
+            for overlay in (overlay for overlays in _overlays.values() for overlay in overlays):
+                overlay.remove()
+            _overlays.clear()
+
+
+def overlay(implementations: Iterable[str]) -> None:
+    """Overlay the registry entries of these names, where that was not done since the first model was patched."""
+    with _lock:
+        for name in implementations:
+            if name in _overlays:
+                continue
+            _overlays[name] = [_Overlay(hf.ALL_ATTENTION_FUNCTIONS, name, _attention)]
+            if name in hf.ALL_MASK_ATTENTION_FUNCTIONS:
+                _overlays[name].append(_Overlay(hf.ALL_MASK_ATTENTION_FUNCTIONS, name, _mask))

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.kernels.reference import rotate
+from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.footprint import balanced_steps
 from imdc.prefill.backends import Backend
-from imdc.prefill.hook import installed, running
+from imdc.prefill.hook import running
 from imdc.prefill.observers import get_observer
 from imdc.prefill.step import StepRun, Workspace
 from imdc.report import StepReport
@@ -27,7 +27,7 @@ from imdc.schedule import Step, tail_rows, widest_step
 OnStep = Callable[[StepReport], None]
 
 
-class _PassingCache(Cache):
+class _PassingCache(hf.Cache):
     """What the decoder sees as its cache during a step: it returns the chunk's own states; imdc does the rest."""
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ class Reader:
         self.reports: list[StepReport] = []
         self.finished_bytes = 0
 
-    def read(self, row: Row, ids: Tensor, number: int, forward_options: dict[str, Any]) -> Any:
-        """Read `ids` int64 [n] into `row`; returns the model's output for the last token."""
+    def read(self, row: Row, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
+        """Read `ids` int64 [n] into `row`; returns the model's output with logits [1, keep, V] of the last tokens."""
         full = self.parts.full_layers
         stored = row.stored(full[0]) if full else 0
         steps = balanced_steps(self.shape, ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
@@ -70,10 +70,14 @@ class Reader:
         if row.compact and row.tokens:
             self._turn(row, -1.0, row.position)
         output: Any = None
+        logits: list[Tensor] = []
         for step, tail in zip(steps, tails, strict=True):
             began = time.perf_counter()
             run = self._run(row, step, ids.numel(), tail)
-            output = self._step(run, ids, last=step is steps[-1], options=forward_options)
+            wanted = min(step.chunk_tokens, step.start + step.chunk_tokens - max(0, ids.numel() - keep))
+            output = self._step(run, ids, wanted=wanted, options=forward_options)
+            if output is not None:
+                logits.append(output.logits)
             retention = run.retention()
             row.tokens += step.chunk_tokens
             row.position = step.memory_after if row.compact else row.position + step.chunk_tokens
@@ -81,6 +85,7 @@ class Reader:
         if row.compact:
             self._turn(row, 1.0, row.position)
         self.finished_bytes += row.nbytes()
+        output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output
 
     def _run(self, row: Row, step: Step, prompt_tokens: int, tail: int) -> StepRun:
@@ -97,7 +102,8 @@ class Reader:
             compact=row.compact,
         )
 
-    def _step(self, run: StepRun, ids: Tensor, *, last: bool, options: dict[str, Any]) -> Any:
+    def _step(self, run: StepRun, ids: Tensor, *, wanted: int, options: dict[str, Any]) -> Any:
+        """One pass; the model's output with logits of the chunk's last `wanted` tokens, or None where that is < 1."""
         step, tail, start = run.step, run.tail_rows, run.row.position
         chunk = ids[step.start : step.start + step.chunk_tokens]
         if tail:
@@ -110,14 +116,16 @@ class Reader:
         inputs = {
             "input_ids": chunk[None],
             "position_ids": positions[None],
-            "past_key_values": _PassingCache(),
+            hf.cache_argument(type(self.parts.model).forward): _PassingCache(),
             "use_cache": True,
         }
-        with torch.no_grad(), installed(self.parts.config), running(run):
-            if not last:
+        with torch.no_grad(), running(run):
+            if wanted < 1:
                 self.parts.decoder(**inputs)
                 return None
-            return self.forward(**{**options, **inputs, "logits_to_keep": 1, "return_dict": True})
+            end = chunk.numel() - tail
+            rows: Any = torch.arange(end - wanted, end, device=chunk.device) if tail else wanted
+            return self.forward(**{**options, **inputs, "logits_to_keep": rows, "return_dict": True})
 
     def _tail_gap(self, row: Row, step: Step, prompt_tokens: int, tail: int) -> int:
         """Positions between the chunk and the tail rows that ride along: those of the tokens not read yet.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
@@ -65,8 +65,16 @@ class StepRun:
         self.config, self.backend, self.observer = config, backend, observer
         self.workspace, self.compact = workspace, compact
         self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
+        # Layers whose attention call came; see `imdc.prefill.hook.running`.
+        self.reached: set[int] = set()
         self._retained: dict[int, Tensor] = {}
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether `module` is an attention module of the model that this step reads with."""
+        layers: Any = self.parts.decoder.layers
+        layer: Any = getattr(module, "layer_idx", None)
+        return layer is not None and layer < len(layers) and layers[layer].self_attn is module
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""

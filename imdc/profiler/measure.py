@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
+from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.footprint import StepFootprint, predict, predict_unpatched
@@ -175,7 +176,7 @@ def measure(
 
     with patch(model, config, on_step=after_step) as handle, meter:
         cache = handle.new_cache()
-        model(input_ids, past_key_values=cache, logits_to_keep=1)
+        model(input_ids, logits_to_keep=1, **{hf.CACHE_NAME: cache})
     assert handle.report is not None, "the prefill has run"
     steps = [
         Step(
@@ -214,7 +215,8 @@ def measure_unpatched(model: PreTrainedModel, input_ids: Tensor) -> MeasuredPref
     tokens = input_ids.shape[1]
     values |= {"kv_bytes": predict_unpatched(shape, tokens).memory, "retention": ()}
     step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, tokens), **values)
-    own: str = model.config._attn_implementation
+    layers: Any = meter.layers
+    own, *_ = hf.attention_implementations(layer.self_attn for layer in layers)
     return MeasuredPrefill(UNPATCHED, tokens, own, None, shape.weights, (step,))
 
 

@@ -1,0 +1,277 @@
+"""The boundary with transformers: what the generate() and forward() of a patched model do instead of the model's own.
+
+It fails closed. Every call goes through imdc or raises before anything is computed; only calls in training mode and
+short ones are the model's own. `generate()` gets its cache here, and is held to having brought it to `forward()`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imdc.cache.cache import ImdcCache, Turn
+from imdc.errors import CacheMismatchError, ImdcError, UnsupportedCallError
+from imdc.model import hf
+from imdc.prefill.decode import decode_inputs
+from imdc.prefill.engine import Engine
+from imdc.prefill.requests import (
+    GenerateRequest,
+    bind,
+    check_generate,
+    check_history,
+    check_ids,
+    check_positions,
+    check_prompt_learning,
+)
+from imdc.report import PrefillReport
+
+# The boundary and the cache of the generate() call that runs in this thread.
+_GENERATING: ContextVar[tuple[Boundary, ImdcCache] | None] = ContextVar("imdc_generating", default=None)
+_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "labels", "inputs_embeds")
+
+
+class Boundary:
+    """The generate() and forward() of one patched model.
+
+    Attributes:
+        report: `PrefillReport` of the last prefill, None before the first.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        own_generate: Callable[..., Any],
+        new_cache: Callable[[], ImdcCache],
+        is_patched: Callable[[Any], bool],
+    ) -> None:
+        """`own_generate` is the model's own, as `engine.forward` is its own forward."""
+        self._engine = engine
+        # Compressing again while decoding is no prefill: it does not report its steps.
+        self._quiet_engine = replace(engine, on_step=None)
+        self._parts, self._config = engine.parts, engine.config
+        self._own_forward, self._own_generate = engine.forward, own_generate
+        self._new_cache, self._is_patched = new_cache, is_patched
+        self._cache_name = hf.cache_argument(type(self._parts.model).forward)
+        self.report: PrefillReport | None = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does, with a cache of imdc; arguments and result are those of transformers.
+
+        Raises:
+            UnsupportedCallError: an option that imdc cannot do, or a call that would not stay bounded.
+            CacheMismatchError: the cache belongs to another model.
+            ImdcError: the call did not bring the cache to the model; its result is dropped.
+        """
+        request = GenerateRequest.of(self._parts.model, args, kwargs)
+        self._check_mode()
+        check_generate(request)
+        check_prompt_learning(self._parts.model)
+        self._check_guidance(request)
+        cache = self._new_cache() if request.cache is None else self._checked(request.cache)
+        turn = self._turn(request, cache)
+        self._warn_of_assistant(request)
+        with cache.during(turn), _generating(self, cache):
+            result = self._own_generate(**request.without_cache_choice(), **{self._cache_name: cache})
+            if not turn.reached:
+                raise ImdcError(
+                    "generate() never handed the KV cache of imdc to the model: what it gave was computed without "
+                    "imdc and is dropped; call remove() of the handle for such a call, or report it with the "
+                    "version of transformers"
+                )
+        return result
+
+    def _turn(self, request: GenerateRequest, cache: ImdcCache) -> Turn:
+        turn = Turn(request.assisted, request.drafting, new_tokens=request.new_tokens)
+        if turn.drafting and self._config.decode_tokens is not None:
+            raise UnsupportedCallError(
+                f"decode_tokens={self._config.decode_tokens} compresses tokens that an assistant model must be able to "
+                f"take back; patch the assistant without decode_tokens"
+            )
+        if not cache.is_empty and not turn.drafting:
+            check_history(cache.get_seq_length(), request.columns)
+            turn.columns = request.columns if turn.assisted else None
+        return turn
+
+    def _check_mode(self) -> None:
+        parts = self._parts
+        if any(module.training for module in (parts.model, parts.decoder, *parts.decoder.layers)):
+            raise UnsupportedCallError("the model is in training mode; call model.eval() before generating")
+
+    def _checked(self, cache: Any) -> ImdcCache:
+        if not isinstance(cache, ImdcCache):
+            raise UnsupportedCallError(
+                f"{self._cache_name} is a {type(cache).__name__}; pass the cache a patched generate() returned, or none"
+            )
+        if cache.owner() is not self._parts.model:  # type: ignore[operator]
+            raise CacheMismatchError(f"{self._cache_name} belongs to another model; prefill this model's own cache")
+        return cache
+
+    def _check_guidance(self, request: GenerateRequest) -> None:
+        """Refuse classifier-free guidance whose second prompt would grow too long: transformers reads it on its own."""
+        scale = request.asked("guidance_scale")
+        if scale is None or scale == 1:
+            return
+        negative = request.arguments.get("negative_prompt_ids")
+        tokens = (1 if negative is None else int(negative.shape[-1])) + request.new_tokens
+        limit = self._engine.most_attended(tokens)
+        if tokens > limit:
+            raise UnsupportedCallError(
+                f"guidance_scale={scale} reads negative_prompt_ids without imdc: {tokens} tokens with the answer, but "
+                f"memory and chunk hold {limit}; shorten it, or leave guidance_scale out"
+            )
+
+    def _warn_of_assistant(self, request: GenerateRequest) -> None:
+        assistant = request.assistant
+        if assistant is None or self._is_patched(assistant):
+            return
+        if request.columns > self._engine.most_attended(request.columns):
+            warnings.warn(
+                f"imdc: assistant_model ({type(assistant).__name__}) is not patched and reads the whole prompt of "
+                f"{request.columns} tokens at once; call imdc.patch(assistant_model) too",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward: a turn is read in chunks, other tokens are decoded; results are as transformers gives.
+
+        Without a cache of imdc it is the model's own, for calls in training mode and for short ones.
+
+        Raises:
+            UnsupportedCallError: an argument that imdc cannot honour, or too many tokens without a cache of imdc.
+            CacheMismatchError: the cache belongs to another model.
+        """
+        named = bind(type(self._parts.model).forward, self._parts.model, args, kwargs)
+        found = [name for name, value in named.items() if isinstance(value, ImdcCache)]
+        if not found:
+            self._check_bounded(named)
+            return self._own_forward(*args, **kwargs)
+        cache = self._checked(named.pop(found[0]))
+        for name in hf.CACHE_NAMES:
+            named.pop(name, None)
+        self._check_mode()
+        self._check_arguments(named)
+        turn = cache.turn
+        if turn is not None:
+            turn.reached = True
+        if cache.is_empty or cache.phase == "prefill" or not self._decodes(cache, named["input_ids"].shape[1]):
+            check_positions(named)
+            output, self.report = self._read(self._engine, cache, named)
+            return output
+        limit = self._config.decode_tokens
+        if limit is not None and cache.tail >= limit:
+            # Only the first new token joins the compression: it is already accepted. The other candidates are decoded
+            # after it, because assisted decoding may roll them back.
+            named.update(logits_to_keep=named["input_ids"].shape[1], attention_mask=None)
+            return self._read(self._quiet_engine, cache, named)[0]
+        return self._decode(cache, named)
+
+    def _check_arguments(self, named: dict[str, Any]) -> None:
+        for name in _REFUSED:
+            if named.get(name) is not None and named.get(name) is not False:
+                raise UnsupportedCallError(f"{name} is not supported with an imdc cache; leave it out")
+        if named.get("output_router_logits") is None and getattr(self._parts.config, "output_router_logits", False):
+            raise UnsupportedCallError(
+                "config.output_router_logits=True is not supported with an imdc cache: only the last chunk's exist; "
+                "set it to False"
+            )
+        if named.get("use_cache") is False:
+            raise UnsupportedCallError(
+                f"use_cache=False contradicts {self._cache_name}, an imdc cache; leave one of them out"
+            )
+        check_ids(named.get("input_ids"))
+
+    def _check_bounded(self, named: dict[str, Any]) -> None:
+        """Refuse a call without imdc's cache that would attend to more than imdc ever does.
+
+        Raises:
+            UnsupportedCallError: the message names what to do instead.
+        """
+        if self._parts.model.training:
+            return
+        running = _GENERATING.get()
+        if running is not None and running[0] is self and not _reached(running[1]):
+            raise UnsupportedCallError(
+                "generate() calls the model without the KV cache that imdc gave it, so the prompt would be read "
+                "without imdc; call remove() of the handle for such a call"
+            )
+        states = next((x for name in ("input_ids", "inputs_embeds") if (x := named.get(name)) is not None), None)
+        tokens = 0 if states is None or states.ndim < 2 else int(states.shape[1])
+        for name in hf.CACHE_NAMES:
+            if named.get(name) is not None:
+                tokens += int(named[name].get_seq_length())
+        limit = self._engine.most_attended(max(1, tokens))
+        if tokens > limit:
+            raise UnsupportedCallError(
+                f"forward() would attend to {tokens} tokens without imdc, whose memory and chunk hold {limit}; pass "
+                f"{self._cache_name}=handle.new_cache(), or call remove() of the handle to use the model as it was"
+            )
+
+    @staticmethod
+    def _decodes(cache: ImdcCache, count: int) -> bool:
+        """Whether `count` new tokens are appended to the tail rather than read as a turn."""
+        return count == 1 or (cache.turn is not None and (cache.turn.assisted or cache.turn.drafting))
+
+    def _read(self, engine: Engine, cache: ImdcCache, named: dict[str, Any]) -> tuple[Any, PrefillReport]:
+        """Prefill, then decode the tokens of which the caller wants logits too (assisted decoding's candidates)."""
+        input_ids: Tensor = named.pop("input_ids")
+        mask = named.pop("attention_mask", None)
+        keep = named.pop("logits_to_keep", None)
+        keep = 0 if keep is None else keep
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+            raise UnsupportedCallError(
+                f"logits_to_keep is {keep!r}; pass the number of last tokens, or leave it out for the logits of all"
+            )
+        turn = cache.turn or Turn()
+        if turn.columns is not None and input_ids.shape[1] - max(0, keep - 1) == turn.columns:
+            # Assisted decoding passes what the cache holds once more.
+            input_ids = input_ids[:, cache.get_seq_length() :]
+        turn.columns = None
+        as_tuple = named.pop("return_dict", None) is False
+        for name in ("position_ids", "use_cache"):
+            named.pop(name, None)
+        takes_back = engine is self._quiet_engine or turn.assisted or turn.drafting
+        # If none of its drafts is accepted, an assistant must take back the last prompt token too.
+        extra = min(max(keep - 1, int(turn.drafting)), input_ids.shape[1] - 1) if takes_back else 0
+        prompt, candidates = input_ids[:, : input_ids.shape[1] - extra], input_ids[:, input_ids.shape[1] - extra :]
+        if mask is not None and extra:
+            mask = mask[:, : mask.shape[1] - extra]
+        output, report = engine.prefill(cache, prompt, mask, logits_to_keep=1 if takes_back else keep, **named)
+        cache.phase = "decode"
+        if extra:
+            rest = self._decode(cache, {**named, "input_ids": candidates, "use_cache": True, "return_dict": True})
+            rest.logits = torch.cat((output.logits, rest.logits), dim=1)[:, -keep:]
+            output = rest
+        return (output.to_tuple() if as_tuple else output), report
+
+    def _decode(self, cache: ImdcCache, named: dict[str, Any]) -> Any:
+        count = named["input_ids"].shape[1]
+        limit = self._engine.most_attended(count)
+        if count > limit:
+            raise UnsupportedCallError(
+                f"{count} candidates in one call are more than memory and chunk hold ({limit}); lower "
+                f"num_assistant_tokens or prompt_lookup_num_tokens"
+            )
+        with cache.appending():
+            inputs = decode_inputs(self._parts, cache, named)
+            return self._own_forward(**inputs, **{self._cache_name: cache})
+
+
+@contextmanager
+def _generating(boundary: Boundary, cache: ImdcCache) -> Iterator[None]:
+    token = _GENERATING.set((boundary, cache))
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def _reached(cache: ImdcCache) -> bool:
+    return cache.turn is None or cache.turn.reached
