@@ -50,7 +50,7 @@ setup(
         "rich>=13.7",
         "safetensors>=0.4.3",
         "torch>=2.6",
-        "transformers>=5.6",
+        "transformers>=5.17,<5.25",
     ],
     extras_require={
         "demo": ["accelerate>=1.1", "gguf>=0.17"],

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import imdc
 from imdc.errors import UnsupportedCallError
+from imdc.model.hf import CACHE_NAME
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
@@ -132,12 +133,12 @@ def by_callable(family: str, model: PreTrainedModel) -> Tensor:
     """A decoding loop of the caller's own."""
 
     def loop(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        kwargs = {name: kwargs[name] for name in ("past_key_values", "attention_mask")}
+        kwargs = {name: kwargs[name] for name in (CACHE_NAME, "attention_mask")}
         output = model(input_ids, **kwargs, logits_to_keep=1)
         for _ in range(NEW):
             new = output.logits[:, -1:].argmax(dim=-1)
             input_ids = torch.cat((input_ids, new), dim=1)
-            output = model(new, past_key_values=kwargs["past_key_values"], logits_to_keep=1)
+            output = model(new, logits_to_keep=1, **{CACHE_NAME: kwargs[CACHE_NAME]})
         return input_ids
 
     with torch.no_grad():
