@@ -27,6 +27,8 @@ class ImdcCache(Cache):
         history: columns of all turns in an assisted call that goes on from a filled cache, until its first forward
             call; None in others.
         drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
+        anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
+        expected_new_tokens: tokens that the running generate() call will add at most; None where that is not known.
     """
 
     def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:
@@ -45,6 +47,8 @@ class ImdcCache(Cache):
         self.rows: RowState | None = None
         self.history: int | None = None
         self.drafting = False
+        self.anew: dict[int, Tensor] = {}
+        self.expected_new_tokens: int | None = None
         self._open = False
 
     @property
@@ -90,6 +94,7 @@ class ImdcCache(Cache):
         row = Row.empty(len(self.layers))
         row.tokens, row.position = tokens, int(self.rows.position[index]) + tail
         row.compact = bool(self.rows.compact[index])
+        row.question = self.rows.question[index][self.rows.question[index] >= 0]
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys, layer.values
             if keys is None or values is None:
@@ -128,12 +133,7 @@ class ImdcCache(Cache):
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
                 layer.cumulative_length = width
-        state = RowState(
-            tokens=torch.tensor([row.tokens for row in rows]),
-            position=torch.tensor([row.position for row in rows]),
-            padding=torch.tensor(paddings if longest else [0] * len(rows)),
-            compact=torch.tensor([row.compact for row in rows]),
-        )
+        state = RowState.of(rows, paddings if longest else [0] * len(rows))
         self.rows, self.width = state.select(order), width
 
     @staticmethod

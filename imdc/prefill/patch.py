@@ -20,14 +20,16 @@ from imdc.cache.cache import ImdcCache
 from imdc.config import PrefillConfig, resolve_config
 from imdc.errors import CacheMismatchError, UnsupportedCallError, UnsupportedModelError
 from imdc.model.parts import Parts
+from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
 from imdc.prefill.hook import unregister_all
 from imdc.prefill.reader import OnStep
 from imdc.prefill.requests import check_generate, check_history, check_positions, refuse_continuous_batching
+from imdc.prefill.turn import begin_turn
 from imdc.report import PrefillReport
 
 _MARK = "_imdc_handle"
-_SWAPPED = ("forward", "_prepare_cache_for_generation", "init_continuous_batching")
+_SWAPPED = ("forward", "_prepare_cache_for_generation", "init_continuous_batching", "generate")
 
 _lock = threading.Lock()
 _live = 0
@@ -81,8 +83,11 @@ class PatchHandle:
         self._signature = inspect.signature(model.forward)
         self._engine = Engine(parts, config, self._forward, on_step)
         # Compressing again while decoding is no prefill: it does not report its steps.
-        self._quiet_engine = Engine(parts, config, self._forward)
+        self._quiet_engine = Engine(parts, config, self._forward, compresses=True)
         self._engine.backend()
+        self._generate: Callable[..., Any] = model.generate
+        # What the running generate() call of this thread was given.
+        self._given = threading.local()
         self._before = {name: model.__dict__[name] for name in _SWAPPED if name in model.__dict__}
         self._active = False
 
@@ -106,8 +111,13 @@ class PatchHandle:
                 self._take_over(generation_config, model_kwargs, mode)
             return self._prepare(generation_config, model_kwargs, mode, *args, **kw)
 
+        @functools.wraps(self._generate)
+        def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+            self._given.ids = kwargs.get("input_ids") if inputs is None else inputs
+            return self._generate(inputs, *args, **kwargs)
+
         with _lock:
-            self._ours = dict(zip(_SWAPPED, (forward, prepare, refuse_continuous_batching), strict=True))
+            self._ours = dict(zip(_SWAPPED, (forward, prepare, refuse_continuous_batching, generate), strict=True))
             model.__dict__.update({_MARK: self, **self._ours})
             _live += 1
         self._active = True
@@ -181,8 +191,14 @@ class PatchHandle:
             cache = model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(cache)
         cache.history = None
+        ids, new = getattr(self._given, "ids", None), generation_config.max_new_tokens
+        if new is None and generation_config.max_length is not None and ids is not None:
+            new = max(1, generation_config.max_length - ids.shape[1])
+        cache.expected_new_tokens = new
+        mask = model_kwargs.get("attention_mask")
+        if not drafting and isinstance(ids, Tensor):
+            begin_turn(self._engine.planner(new_tokens=new), cache, ids, mask)
         if not cache.is_empty and not drafting:
-            mask = model_kwargs.get("attention_mask")
             columns: Any = generation_config._mask_length if mask is None else mask.shape[1]
             check_history(cache.get_seq_length(), columns)
             cache.history = columns if mode == GenerationMode.ASSISTED_GENERATION else None
@@ -220,8 +236,7 @@ class PatchHandle:
             check_positions(named)
             output, self.report = self._read(self._engine, cache, named)
             return output
-        limit = self.config.decode_tokens
-        if limit is not None and cache.tail >= limit:
+        if compression_due(self._parts, self.config, cache, named["input_ids"].shape[1]):
             # The oldest of the new tokens is never taken back: in assisted decoding it is the one accepted last.
             named["logits_to_keep"] = named["input_ids"].shape[1]
             named["attention_mask"] = None
@@ -257,6 +272,7 @@ class PatchHandle:
         return (output.to_tuple() if as_tuple else output), report
 
     def _decode(self, cache: ImdcCache, named: dict[str, Any]) -> Any:
+        check_decoding(self._parts, cache, named["input_ids"].shape[1])
         with cache.appending():
             return self._forward(**self._decode_inputs(cache, named))
 
