@@ -68,7 +68,7 @@ class PatchHandle:
     """A patched model's way back, and what its last prefill did.
 
     Attributes:
-        config: the options in force.
+        config: the options as given; `report.config` has the sizes that a prefill used.
         report: `PrefillReport` of the last prefill, None before the first.
     """
 
