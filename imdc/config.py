@@ -22,6 +22,15 @@ BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 _SUPPORTED_LAYER_BUDGETS = ("uniform",)
 
 
+class DefaultSize(int):
+    """A number of tokens that nobody chose: where it does not fit the model's window, a smaller one is used.
+
+    See `imdc.positions.fitted`. It is the number in every other respect.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
     """How a prompt is read: in which chunks, with how much memory, and who decides what is kept.
@@ -36,8 +45,10 @@ class PrefillConfig:
             "bytes" by the model's sizes, which lowers the peak but reads more of the prompt while memory is small.
         initial_memory: KV pairs kept after the first chunk: an int is a number of tokens, a float a share of
             `memory_tokens` in (0, 1].
-        memory_tokens: KV pairs kept per layer and KV head after the prefill, sinks and recent tokens included.
-        chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows.
+        memory_tokens: KV pairs kept per layer and KV head after the prefill, sinks and recent tokens included; left
+            out, less where compact positions would not fit the model's window.
+        chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
+            out, less where compact positions would not fit the model's window.
         memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
         observer: whose attention decides which keys are kept: "prompt_tail", "window", "all_queries", "sink_recent",
             "key_diff" or "random".
@@ -47,8 +58,9 @@ class PrefillConfig:
         recent_tokens: latest tokens read, always kept.
         layer_budget: "uniform": the same `memory_tokens` in every layer.
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
-            prompts beyond the trained window), "auto" picks by the model's window.
-        decode_tokens: generated tokens after which the cache is compressed again; None lets it grow.
+            texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
+        decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
+            positions until the window is full.
         backend: "auto", "triton", "flash", "sdpa" or "reference".
 
     Raises:
@@ -61,9 +73,9 @@ class PrefillConfig:
     balance: str = "tokens"
     # The paper starts at memory / steps. On needle questions at an eighth of memory that finds 64%, a quarter all.
     initial_memory: int | float = 0.25
-    memory_tokens: int = 4096
+    memory_tokens: int = DefaultSize(4096)
     # Large enough to keep the matrix products of a GPU busy; memory is then twice the chunk.
-    chunk_tokens: int | str = 2048
+    chunk_tokens: int | str = DefaultSize(2048)
     memory_limit: int | float | None = None
     observer: str = "prompt_tail"
     observation_tokens: int = 16

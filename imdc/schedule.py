@@ -112,6 +112,11 @@ def least_chunk(mean: int) -> int:
     return max(1, mean // _LEAST_OF_LARGE, min(_LEAST_TOKENS, mean // _LEAST_SHARE))
 
 
+def least_first_chunk(mean: int) -> int:
+    """Tokens that the first chunk of a second turn may have however full the cache is, for a mean chunk of `mean`."""
+    return max(1, mean // _LEAST_SHARE)
+
+
 def build_steps(
     prompt_tokens: int,
     config: PrefillConfig,
@@ -176,7 +181,7 @@ class _Schedule:
         self.stored_tokens = stored_tokens
         self.budget = memory + chunk
         # The first chunk makes room for a cache that holds more than M already.
-        self.room = max(1, chunk // _LEAST_SHARE, self.budget - stored_tokens)
+        self.room = max(least_first_chunk(chunk), self.budget - stored_tokens)
         self.count = math.ceil(prompt_tokens / chunk)
         self.first = min(math.ceil(prompt_tokens / self.count), self.room)
         if prompt_tokens > self.first:

@@ -104,6 +104,22 @@ def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+@contextmanager
+def refused_before_anything(model: PreTrainedModel) -> Iterator[None]:
+    """A refusal may come before the model computes anything, never in the middle of a prompt or an answer."""
+    calls: list[None] = []
+    decoder: Any = model.model
+    hook = decoder.register_forward_pre_hook(lambda module, args: calls.append(None))
+    try:
+        yield
+    except UnsupportedCallError as error:
+        if calls:
+            raise AssertionError("refused in mid-generation") from error
+        raise
+    finally:
+        hook.remove()
+
+
 def talk(model: PreTrainedModel, call: Call, rows: list[int], mode: str) -> list[tuple[Tensor, ...]]:
     """Per turn the tokens that every row [in `rows`] of the call got, in one batch."""
     ids = mask = torch.zeros(len(rows), 0, dtype=torch.long)
@@ -112,14 +128,15 @@ def talk(model: PreTrainedModel, call: Call, rows: list[int], mode: str) -> list
     for turn in range(len(call.turns)):
         new, new_mask = padded([call.row(turn, row) for row in rows], call.side)
         ids, mask = torch.cat((ids, new), dim=1), torch.cat((mask, new_mask), dim=1)
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            eos_token_id=NO_END,
-            return_dict_in_generate=True,
-            **call.decoding(mode),
-        )
+        with refused_before_anything(model):
+            output = model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                eos_token_id=NO_END,
+                return_dict_in_generate=True,
+                **call.decoding(mode),
+            )
         generated = output.sequences[:, ids.shape[1] :]
         answers.append(generated.chunk(len(rows)))
         cache = output.past_key_values

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import imdc
 from imdc.cache.cache import ImdcCache
 from imdc.cache.layers import MemoryLayer
-from imdc.errors import UnsupportedCallError
 
 MEMORY, CHUNK, TAIL = 64, 32, 32
 LIMITS = {"memory_tokens": MEMORY, "chunk_tokens": CHUNK, "sink_tokens": 2, "recent_tokens": 8}
@@ -131,16 +130,3 @@ def test_auto_positions_change_when_a_turn_leaves_the_window(family: str) -> Non
                 history, *_ = write(model, torch.cat((history, prompt(length, turn)), dim=1), NEW, cache)
             answers.append(history)
     assert torch.equal(*answers)
-
-
-def test_auto_positions_refuse_to_leave_the_window_once_keys_were_dropped() -> None:
-    model = build("llama", max_position_embeddings=256)
-    with imdc.patch(model, **LIMITS) as handle:
-        cache = handle.new_cache()
-        history, *_ = write(model, prompt(200), NEW, cache)
-        with pytest.raises(
-            UnsupportedCallError, match=r"this turn reaches position 31\d, the model was trained for 256"
-        ):
-            write(model, torch.cat((history, prompt(100, 1)), dim=1), NEW, cache)
-        # The cache is as it was: a turn that fits goes on from it.
-        write(model, torch.cat((history, prompt(20, 2)), dim=1), NEW, cache)

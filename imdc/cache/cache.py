@@ -45,6 +45,7 @@ class ImdcCache(hf.Cache):
         width: columns of the prompt seen so far, left padding included: what `get_seq_length` says.
         rows: per-row state, None before the first prefill.
         turn: of the generate() call that is running, None outside of one.
+        anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
     """
 
     def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:
@@ -62,6 +63,7 @@ class ImdcCache(hf.Cache):
         self.phase = "prefill"
         self.rows: RowState | None = None
         self.turn: Turn | None = None
+        self.anew: dict[int, Tensor] = {}
         self._open = False
 
     @property
@@ -106,6 +108,7 @@ class ImdcCache(hf.Cache):
         row = Row.empty(len(self.layers))
         row.tokens, row.position = tokens, int(self.rows.position[index]) + tail
         row.compact = bool(self.rows.compact[index])
+        row.question = self.rows.question[index][self.rows.question[index] >= 0]
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys, layer.values
             if keys is None or values is None:
@@ -144,12 +147,7 @@ class ImdcCache(hf.Cache):
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
                 layer.cumulative_length = width
-        state = RowState(
-            tokens=torch.tensor([row.tokens for row in rows]),
-            position=torch.tensor([row.position for row in rows]),
-            padding=torch.tensor(paddings if longest else [0] * len(rows)),
-            compact=torch.tensor([row.compact for row in rows]),
-        )
+        state = RowState.of(rows, paddings if longest else [0] * len(rows))
         self.rows, self.width = state.select(order), width
 
     @staticmethod
@@ -166,6 +164,11 @@ class ImdcCache(hf.Cache):
     def copy(self) -> ImdcCache:
         """An independent copy: each of several questions about one prompt can go on from its own."""
         return copy.deepcopy(self)
+
+    @property
+    def drafting(self) -> bool:
+        """Whether an assistant model is drafting from this cache now."""
+        return self.turn is not None and self.turn.drafting
 
     @property
     def expected_new_tokens(self) -> int | None:

@@ -31,10 +31,10 @@ from imdc.errors import CacheMismatchError, UnsupportedCallError
 from imdc.model.parts import Parts
 
 # Raise it when a file written by one version cannot be read by the other.
-_FORMAT = 1
+_FORMAT = 2
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
-_ROW_FIELDS = ("tokens", "position", "padding", "compact")
+_ROW_FIELDS = ("tokens", "position", "padding", "compact", "question")
 
 
 def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
@@ -112,6 +112,8 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCach
             layer.cumulative_length = saved["seen"]
     cache.phase, cache.width = state["cache"]["phase"], state["cache"]["width"]
     cache.rows = RowState(**{name: torch.tensor(state["rows"][name]) for name in _ROW_FIELDS})
+    # An empty list has no type of its own.
+    cache.rows.question = cache.rows.question.long()
     return cache
 
 

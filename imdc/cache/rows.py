@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(slots=True)
@@ -18,6 +20,8 @@ class Row:
         tokens: tokens seen so far, padding not counted.
         position: rotary position of the next token.
         compact: whether its memory is numbered 0..m-1.
+        question: the last token ids of the turn's prompt, int64 [n] on the CPU: who judges while the answer is
+            compressed.
     """
 
     keys: list[Tensor | None]
@@ -25,6 +29,7 @@ class Row:
     tokens: int = 0
     position: int = 0
     compact: bool = False
+    question: Tensor | None = None
 
     @classmethod
     def empty(cls, layers: int) -> Row:
@@ -50,14 +55,28 @@ class RowState:
         position: rotary position that follows the prefill.
         padding: unused slots at the front of the full-attention layers of shorter rows.
         compact: whether the row's memory is numbered 0..m-1.
+        question: the last token ids of the turn's prompt, int64 [B, n], shorter ones preceded by -1.
     """
 
     tokens: Tensor
     position: Tensor
     padding: Tensor
     compact: Tensor
+    question: Tensor
+
+    @classmethod
+    def of(cls, rows: list[Row], padding: list[int]) -> RowState:
+        """The state of finished rows."""
+        questions = [row.question if row.question is not None else torch.empty(0, dtype=torch.long) for row in rows]
+        return cls(
+            tokens=torch.tensor([row.tokens for row in rows]),
+            position=torch.tensor([row.position for row in rows]),
+            padding=torch.tensor(padding),
+            compact=torch.tensor([row.compact for row in rows]),
+            question=pad_sequence(questions, batch_first=True, padding_value=-1, padding_side="left"),
+        )
 
     def select(self, index: Tensor) -> RowState:
         """The rows `index`, in that order."""
         index = index.cpu()
-        return RowState(self.tokens[index], self.position[index], self.padding[index], self.compact[index])
+        return RowState(*(getattr(self, field.name)[index] for field in fields(self)))

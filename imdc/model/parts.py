@@ -82,10 +82,16 @@ class Parts:
         return [layer for layer, window in enumerate(self.windows) if window is None]
 
     @property
+    def rope_type(self) -> str:
+        """The kind of rotary embedding, "default" where the config names none for all layers."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        return str(rope.get("rope_type") or "default")
+
+    @property
     def trained_window(self) -> int:
         """Positions that the model was trained for."""
         rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
+        if self.rope_type == "longrope":
             # Its short factors, which hold for all positions of a bounded memory, end here.
             return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
         return int(self.config.max_position_embeddings)

@@ -10,6 +10,7 @@ from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.shape import ModelShape
 from imdc.planner.footprint import balanced_steps, predict
+from imdc.positions import fitted, largest_chunk
 from imdc.units import format_bytes
 
 # Below, activations no longer matter, and a plan of a million steps helps nobody.
@@ -37,7 +38,9 @@ def execution(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, devi
 
 
 def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
-    """The largest mean chunk whose predicted peak, weights included, stays within `limit` bytes.
+    """The largest mean chunk whose predicted peak, weights included, stays within `limit` bytes, and which fits.
+
+    With compact positions memory and chunk also have to fit the model's window.
 
     Raises:
         ConfigError: not even the smallest chunks fit; the message says what they need.
@@ -46,12 +49,16 @@ def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limi
     def peak(chunk: int) -> int:
         return peak_bytes(shape, prompt_tokens, with_chunk(config, chunk), device)
 
+    most = prompt_tokens
+    if execution(shape, prompt_tokens, config, device)[1]:
+        config = fitted(config, shape.max_positions)
+        most = min(most, largest_chunk(config, shape.max_positions) or most)
     least = max(LEAST_CHUNK, math.ceil(prompt_tokens / MOST_STEPS))
     if config.schedule == "full":
         what, remedy = "the whole prompt in memory", "take another schedule than 'full'"
     else:
         what, remedy = f"memory_tokens={config.memory_tokens} and the smallest chunks", "lower memory_tokens"
-    return largest_within(limit, peak, least, prompt_tokens, what, remedy)
+    return largest_within(limit, peak, least, most, what, remedy)
 
 
 def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
@@ -78,6 +85,7 @@ def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
 def peak_bytes(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> int:
     """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number."""
     backend, compact = execution(shape, prompt_tokens, config, device)
+    config = fitted(config, shape.max_positions) if compact else config
     steps = balanced_steps(shape, prompt_tokens, config)
     footprints = predict(shape, config, steps, backend=backend, compact=compact)
     return max(footprint.total_bytes for footprint in footprints)

@@ -12,6 +12,7 @@ from imdc.model.shape import ModelShape
 from imdc.planner.fit import execution, fit_chunk, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_unpatched
 from imdc.planner.gpus import Gpu
+from imdc.positions import fitted, misfit
 from imdc.schedule import Step, tail_rows, widest_step
 from imdc.units import format_bytes, format_tokens
 
@@ -48,7 +49,8 @@ class Plan:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        config: the options; chunk_tokens is a number here, also where "auto" was asked for.
+        config: the options with the sizes in force: chunk_tokens is a number, also where "auto" was asked for, and
+            what was left out fits the model's window.
         shape: the model.
         steps: the steps in order.
         backend: the backend whose temporaries are counted.
@@ -146,11 +148,11 @@ class Plan:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
         widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
-        if self.compact and shape.max_positions and widest > shape.max_positions:
-            notes.append(
-                f"note: imdc.patch will refuse this: memory and chunk take {format_tokens(widest)} positions, and the "
-                f"model was trained for {format_tokens(shape.max_positions)}; lower memory_tokens or chunk_tokens"
-            )
+        if self.compact and shape.max_positions:
+            left = steps[-1].memory_after
+            problem = misfit(self.config, shape.max_positions, widest=widest, left=left, new_tokens=None)
+            if problem is not None:
+                notes.append(f"note: imdc.patch will refuse this: {problem}")
         if shape.sliding_layers:
             rest = shape.full_layers
             others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
@@ -235,10 +237,12 @@ def plan_shape(
     device_bytes: int | None = None,
 ) -> Plan:
     """`plan` for a shape and a complete config."""
+    compact = execution(shape, prompt_tokens, config, device)[1]
+    config = fitted(config, shape.max_positions) if compact else config
     if config.chunk_tokens == "auto":
         limit = limit_bytes(config, device_bytes)
         config = with_chunk(config, fit_chunk(shape, prompt_tokens, config, limit, device=device))
-    backend, compact = execution(shape, prompt_tokens, config, device)
+    backend, _ = execution(shape, prompt_tokens, config, device)
     steps = balanced_steps(shape, prompt_tokens, config)
     footprints = predict(shape, config, steps, backend=backend, compact=compact)
     return Plan(

@@ -20,6 +20,7 @@ from imdc.cache.cache import ImdcCache, Turn
 from imdc.errors import CacheMismatchError, ImdcError, UnsupportedCallError
 from imdc.model import hf
 from imdc.prefill.decode import decode_inputs
+from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
 from imdc.prefill.requests import (
     GenerateRequest,
@@ -30,6 +31,7 @@ from imdc.prefill.requests import (
     check_positions,
     check_prompt_learning,
 )
+from imdc.prefill.turn import begin_turn
 from imdc.report import PrefillReport
 
 # The boundary and the cache of the generate() call that runs in this thread.
@@ -54,7 +56,7 @@ class Boundary:
         """`own_generate` is the model's own, as `engine.forward` is its own forward."""
         self._engine = engine
         # Compressing again while decoding is no prefill: it does not report its steps.
-        self._quiet_engine = replace(engine, on_step=None)
+        self._quiet_engine = replace(engine, on_step=None, compresses=True)
         self._parts, self._config = engine.parts, engine.config
         self._own_forward, self._own_generate = engine.forward, own_generate
         self._new_cache, self._is_patched = new_cache, is_patched
@@ -77,6 +79,9 @@ class Boundary:
         cache = self._new_cache() if request.cache is None else self._checked(request.cache)
         turn = self._turn(request, cache)
         self._warn_of_assistant(request)
+        if request.input_ids is not None and not turn.drafting:
+            planner = self._engine.planner(new_tokens=turn.new_tokens)
+            begin_turn(planner, cache, request.input_ids, request.arguments.get("attention_mask"))
         with cache.during(turn), _generating(self, cache):
             result = self._own_generate(**request.without_cache_choice(), **{self._cache_name: cache})
             if not turn.reached:
@@ -165,8 +170,7 @@ class Boundary:
             check_positions(named)
             output, self.report = self._read(self._engine, cache, named)
             return output
-        limit = self._config.decode_tokens
-        if limit is not None and cache.tail >= limit:
+        if compression_due(self._parts, self._config, cache, named["input_ids"].shape[1]):
             # Only the first new token joins the compression: it is already accepted. The other candidates are decoded
             # after it, because assisted decoding may roll them back.
             named.update(logits_to_keep=named["input_ids"].shape[1], attention_mask=None)
@@ -259,6 +263,7 @@ class Boundary:
                 f"{count} candidates in one call are more than memory and chunk hold ({limit}); lower "
                 f"num_assistant_tokens or prompt_lookup_num_tokens"
             )
+        check_decoding(self._parts, cache, count)
         with cache.appending():
             inputs = decode_inputs(self._parts, cache, named)
             return self._own_forward(**inputs, **{self._cache_name: cache})

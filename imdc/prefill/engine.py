@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from imdc.cache.cache import ImdcCache
-from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
@@ -24,6 +23,7 @@ from imdc.prefill.backends import Backend, choose, traits_of
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
+from imdc.prefill.turn import RowTurn, TurnPlanner, row_turn
 from imdc.report import PrefillReport
 
 # A step that does not fit is retried with half the chunk, down to this: below, activations no longer matter.
@@ -32,12 +32,13 @@ _LEAST_CHUNK = 32
 
 @dataclass(slots=True)
 class Engine:
-    """Prefills prompts of one model by one config."""
+    """Prefills prompts of one model by one config, or compresses what they left again while it answers."""
 
     parts: Parts
     config: PrefillConfig
     forward: Callable[..., Any]
     on_step: OnStep | None = None
+    compresses: bool = False
 
     def prefill(
         self,
@@ -52,6 +53,8 @@ class Engine:
 
         Rows that are equal are read once. The cache changes only when everything was read: after an error it is as
         it was.
+
+        Everything is decided and checked for all rows before the first is read.
 
         Args:
             cache: empty, or filled by earlier turns.
@@ -72,42 +75,37 @@ class Engine:
         prompts = self._prompts(cache, input_ids, attention_mask)
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
-        longest = max(prompt.numel() for prompt in prompts)
+        anew, cache.anew = cache.anew, {}
+        longest = max(text.numel() for text in (*prompts, *anew.values()))
         device = self.parts.device()
         backend, _ = self.backend()
         chunk, restarts = self._fitting_chunk(longest, device), 0
         while True:
+            planner = self.planner(chunk, cache.expected_new_tokens)
+            turns = [self._turn(planner, cache, prompts[index], index, anew.get(index)) for index in unique]
+            # Rows with compact positions may have smaller sizes than asked for; the report says so.
+            config = next((turn.config for turn in turns if turn.row.compact), self.config)
             try:
-                reader = Reader(
-                    self.parts,
-                    self.config,
-                    self.forward,
-                    backend=backend,
-                    chunk=chunk,
-                    on_step=self.on_step,
-                )
-                rows, outputs = [], []
-                for number, index in enumerate(unique):
-                    row = (
-                        self._new_row(prompts[index]) if cache.is_empty else self._old_row(cache, prompts[index], index)
-                    )
-                    prompt = prompts[index].to(device)
-                    outputs.append(reader.read(row, prompt, number, forward_options, keep=wanted.keep(order, number)))
-                    rows.append(row)
+                reader = Reader(self.parts, self.config, self.forward, backend=backend, on_step=self.on_step)
+                outputs = [
+                    reader.read(turn, turn.ids.to(device), number, forward_options, keep=wanted.keep(order, number))
+                    for number, turn in enumerate(turns)
+                ]
                 break
             except torch.OutOfMemoryError as error:
-                rows, outputs = [], []
-                chunk = self._smaller_chunk(chunk, longest, error)
+                turns, outputs = [], []
+                chunk = self._smaller_chunk(chunk, config, longest, error)
                 restarts += 1
+        rows = [turn.row for turn in turns]
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
         output = outputs[0]
         output.logits = wanted.of_batch([output.logits for output in outputs], order)
         setattr(output, hf.cache_argument(type(self.parts.model).forward), cache)
         report = PrefillReport(
-            config=self.config,
+            config=config,
             backend=backend.name,
             rows=len(unique),
-            prompt_tokens=sum(prompts[index].numel() for index in unique),
+            prompt_tokens=sum(turn.ids.numel() for turn in turns),
             memory_tokens=cache.stored_tokens(),
             kv_bytes=cache.kv_bytes(),
             seconds=time.perf_counter() - began,
@@ -152,31 +150,18 @@ class Engine:
                 raise UnsupportedCallError(f"row {number} of input_ids is all padding: an empty prompt; pass a token")
         return prompts
 
-    def _new_row(self, prompt: Tensor) -> Row:
-        """A row that has read nothing; its own prompt alone decides whether its memory is numbered 0..m-1."""
-        row = Row.empty(len(self.parts.windows))
-        if self.parts.full_layers:
-            beyond = prompt.numel() > self.parts.trained_window
-            row.compact = beyond if self.config.positions == "auto" else self.config.positions == "compact"
-        return row
+    def planner(self, chunk: int | None = None, new_tokens: int | None = None) -> TurnPlanner:
+        """Who decides how rows are read, before a turn of `new_tokens` (None: not known)."""
+        return TurnPlanner(self.parts, self.config, chunk, new_tokens)
 
-    def _old_row(self, cache: ImdcCache, prompt: Tensor, index: int) -> Row:
-        """A row of earlier turns. Where this turn goes beyond the window, "auto" numbers its memory anew from now on.
-
-        Raises:
-            UnsupportedCallError: that is too late: of keys that are left between dropped ones no position is known.
-        """
-        row, window = cache.take_row(index), self.parts.trained_window
-        full = self.parts.full_layers
-        end = row.position + prompt.numel()
-        if self.config.positions == "auto" and full and not row.compact and end > window:
-            if row.stored(full[0]) < row.tokens:
-                raise UnsupportedCallError(
-                    f"positions='auto' began with original positions and this turn reaches position {end}, the model "
-                    f"was trained for {window}; patch with positions='compact' and read the conversation anew"
-                )
-            row.compact = True
-        return row
+    def _turn(
+        self, planner: TurnPlanner, cache: ImdcCache, prompt: Tensor, number: int, anew: Tensor | None
+    ) -> RowTurn:
+        if self.compresses:
+            return planner.again(cache.take_row(number), prompt)
+        turn = row_turn(planner, cache, prompt, number, anew)
+        turn.row.question = turn.ids[-self.config.observation_tokens :].cpu()
+        return turn
 
     def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:
         """The chunk that `memory_limit` allows, where the config asks for "auto"."""
@@ -189,10 +174,10 @@ class Engine:
         limit = limit_bytes(self.config, free)
         return fit_chunk(shape, prompt_tokens, self.config, limit, device=device.type)
 
-    def _smaller_chunk(self, chunk: int | None, prompt_tokens: int, error: Exception) -> int:
+    def _smaller_chunk(self, chunk: int | None, config: PrefillConfig, prompt_tokens: int, error: Exception) -> int:
         if chunk is None:
-            assert isinstance(self.config.chunk_tokens, int), "'auto' has become a number"
-            chunk = min(self.config.chunk_tokens, prompt_tokens)
+            assert isinstance(config.chunk_tokens, int), "'auto' has become a number"
+            chunk = min(config.chunk_tokens, prompt_tokens)
         if chunk // 2 < _LEAST_CHUNK:
             raise error
         warnings.warn(

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from imdc.config import PrefillConfig, resolve_config
 from imdc.model.parts import Parts
+from imdc.positions import fitted
 from imdc.prefill.engine import Engine
 
 
@@ -31,7 +32,10 @@ def explain(model: PreTrainedModel, config: PrefillConfig | None = None, **optio
         f"layers: {full} compressed, {len(parts.windows) - full} with a sliding window of their own",
     ]
     if chosen.positions == "auto" and full:
-        lines.append(f"positions: original up to {parts.trained_window} prompt tokens, compact beyond")
+        lines.append(f"positions: original up to {parts.trained_window} tokens of prompt and answer, compact beyond")
     else:
         lines.append(f"positions: {chosen.positions if full else 'original'}")
+    if chosen.positions != "original" and full:
+        sizes = fitted(chosen, parts.trained_window)
+        lines.append(f"compact positions: memory_tokens={sizes.memory_tokens}, chunk_tokens={sizes.chunk_tokens}")
     return "\n".join(lines)

@@ -57,13 +57,16 @@ Observer = Callable[[Observation], Tensor]
 
 
 def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
-    """How many of the last queries vote by their attention; None for observers that score without queries."""
+    """How many of the last queries vote by their attention; None for observers that score without queries.
+
+    Tail rows ride along for "prompt_tail" alone, but for all of them while an answer is compressed.
+    """
     if config.observer == "all_queries":
-        return chunk_tokens
+        return chunk_tokens + tail_rows
     if config.observer == "prompt_tail" and tail_rows:
         return tail_rows
     if config.observer in ("prompt_tail", "window"):
-        return min(config.observation_tokens, chunk_tokens)
+        return min(config.observation_tokens, chunk_tokens) + tail_rows
     return None
 
 

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
-from imdc.errors import UnsupportedCallError
 from imdc.kernels.reference import rotate
 from imdc.model import hf
 from imdc.model.parts import Parts
-from imdc.model.shape import ModelShape
-from imdc.planner.footprint import balanced_steps
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
 from imdc.prefill.observers import get_observer
+from imdc.prefill.renumber import moved
 from imdc.prefill.step import StepRun, Workspace
+from imdc.prefill.turn import RowTurn
 from imdc.report import StepReport
-from imdc.schedule import Step, tail_rows, widest_step
+from imdc.schedule import Step
 
 OnStep = Callable[[StepReport], None]
 
@@ -48,66 +47,67 @@ class Reader:
         forward: Callable[..., Any],
         *,
         backend: Backend,
-        chunk: int | None,
         on_step: OnStep | None,
     ) -> None:
-        """`forward` is the model's own; `chunk` replaces the config's chunk_tokens where it is not None."""
-        self.parts, self.config, self.forward = parts, config, forward
-        self.backend, self.chunk, self.on_step = backend, chunk, on_step
-        self.shape = ModelShape.from_model(parts.model) if config.levels_bytes else None
+        """`forward` is the model's own."""
+        self.parts, self.forward = parts, forward
+        self.backend, self.on_step = backend, on_step
         self.workspace = Workspace()
         self.observer = get_observer(config.observer)
         self.reports: list[StepReport] = []
         self.finished_bytes = 0
 
-    def read(self, row: Row, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
-        """Read `ids` int64 [n] into `row`; returns the model's output with logits [1, keep, V] of the last tokens."""
-        full = self.parts.full_layers
-        stored = row.stored(full[0]) if full else 0
-        steps = balanced_steps(self.shape, ids.numel(), self.config, stored_tokens=stored, chunk_tokens=self.chunk)
-        tails = tail_rows(steps, self.config, full_layers=len(full))
-        self._check_window(row, steps, tails)
-        if row.compact and row.tokens:
-            self._turn(row, -1.0, row.position)
+    def read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
+        """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
+        row, steps, tokens = turn.row, turn.steps, ids.numel()
+        in_place = row.compact and row.tokens > 0 and len(steps) == 1
+        if row.compact and row.tokens and not in_place:
+            self._turn(row, row.position, back=True)
         output: Any = None
         logits: list[Tensor] = []
-        for step, tail in zip(steps, tails, strict=True):
+        for step, tail in zip(steps, turn.tails, strict=True):
             began = time.perf_counter()
-            run = self._run(row, step, ids.numel(), tail)
-            wanted = min(step.chunk_tokens, step.start + step.chunk_tokens - max(0, ids.numel() - keep))
-            output = self._step(run, ids, wanted=wanted, options=forward_options)
+            run = self._run(turn, step, tokens, tail, in_place)
+            chunk = ids[step.start : step.start + step.chunk_tokens]
+            if tail:
+                chunk = torch.cat((chunk, turn.tail_ids[-tail:].to(chunk.device)))
+            wanted = min(step.chunk_tokens, step.start + step.chunk_tokens - max(0, tokens - keep))
+            output = self._step(run, chunk, wanted=wanted, options=forward_options)
             if output is not None:
                 logits.append(output.logits)
             retention = run.retention()
             row.tokens += step.chunk_tokens
             row.position = step.memory_after if row.compact else row.position + step.chunk_tokens
-            self._report(row, step, len(steps), ids.numel(), number, time.perf_counter() - began, retention)
-        if row.compact:
-            self._turn(row, 1.0, row.position)
+            self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
+        if row.compact and not in_place:
+            self._turn(row, row.position)
         self.finished_bytes += row.nbytes()
         output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output
 
-    def _run(self, row: Row, step: Step, prompt_tokens: int, tail: int) -> StepRun:
+    def _run(self, turn: RowTurn, step: Step, prompt_tokens: int, tail: int, in_place: bool) -> StepRun:
+        row = turn.row
         return StepRun(
             self.parts,
             row,
             step,
             tail_rows=tail,
             tail_gap=self._tail_gap(row, step, prompt_tokens, tail),
-            config=self.config,
+            config=turn.config,
             backend=self.backend,
             observer=self.observer,
             workspace=self.workspace,
             compact=row.compact,
+            rotated=in_place,
         )
 
-    def _step(self, run: StepRun, ids: Tensor, *, wanted: int, options: dict[str, Any]) -> Any:
-        """One pass; the model's output with logits of the chunk's last `wanted` tokens, or None where that is < 1."""
-        step, tail, start = run.step, run.tail_rows, run.row.position
-        chunk = ids[step.start : step.start + step.chunk_tokens]
-        if tail:
-            chunk = torch.cat((chunk, ids[-tail:]))
+    def _step(self, run: StepRun, chunk: Tensor, *, wanted: int, options: dict[str, Any]) -> Any:
+        """Pass `chunk` int64 [n], tail rows included, through the decoder.
+
+        Returns:
+            The model's output with logits of the last `wanted` tokens before the tail rows; None where that is < 1.
+        """
+        tail, start = run.tail_rows, run.row.position
         if run.compact:
             positions = torch.zeros_like(chunk)
         else:
@@ -141,33 +141,16 @@ class Reader:
             return unread
         return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - tail)
 
-    def _check_window(self, row: Row, steps: tuple[Step, ...], tails: list[int]) -> None:
-        window = self.parts.trained_window
-        rope = getattr(self.parts.config, "rope_parameters", None) or {}
-        if row.compact:
-            widest = widest_step(steps, tails)
-            if widest > window:
-                raise UnsupportedCallError(
-                    f"memory and chunk take {widest} positions, the model was trained for {window}; lower "
-                    f"memory_tokens={self.config.memory_tokens} or chunk_tokens={self.config.chunk_tokens}"
-                )
-        elif rope.get("rope_type") in ("longrope", "dynamic") and row.position + steps[-1].start > window:
-            raise UnsupportedCallError(
-                f"positions='original' beyond {window} tokens changes the rotary base of rope_type="
-                f"{rope['rope_type']!r} between chunks; use positions='compact'"
-            )
-
-    def _turn(self, row: Row, sign: float, end: int) -> None:
-        """Rotate the stored keys of all layers to the positions before `end` (sign 1), or back to canonical (-1)."""
+    def _turn(self, row: Row, end: int, *, back: bool = False) -> None:
+        """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""
         for layer, keys in enumerate(row.keys):
             if keys is None:
                 continue
             positions = torch.arange(end - keys.shape[2], end, device=keys.device)
             # transformers rotates in the model's dtype, and a memory that dropped nothing must equal its cache.
-            dtype = keys.dtype if sign > 0 else torch.float32
-            tables = self.parts.rotary(layer, positions, dtype)
+            tables = self.parts.rotary(layer, positions, keys.dtype)
             if tables is not None:
-                row.keys[layer] = rotate(keys.to(dtype), tables[0], sign * tables[1]).to(keys.dtype)
+                row.keys[layer] = moved(keys, tables, None) if back else rotate(keys, *tables)
 
     def _report(
         self,

@@ -12,6 +12,7 @@ from imdc.config import PrefillConfig
 from imdc.model.parts import Parts
 from imdc.prefill.backends import Backend
 from imdc.prefill.observers import Observation, Observer, observing_rows
+from imdc.prefill.renumber import Tables, moved
 from imdc.schedule import Step
 
 
@@ -43,6 +44,9 @@ class StepRun:
     With compact positions the model is run at position 0, where rotary embedding is the identity, so queries and keys
     arrive canonical; they are rotated here, the memory as 0..m-1 and the chunk after it. `tail_gap` positions lie
     between the chunk and the tail rows.
+
+    A finished row has rotated keys. Read in one step, they stay so and are only moved to their new numbers: what is not
+    moved is not rounded, however often that happens.
     """
 
     def __init__(
@@ -58,12 +62,13 @@ class StepRun:
         observer: Observer,
         workspace: Workspace,
         compact: bool,
+        rotated: bool = False,
     ) -> None:
-        """`row` is read and replaced layer by layer; the rest stays as it is."""
+        """`row` is read and replaced layer by layer; the rest stays as it is. `rotated`: its keys come and stay so."""
         self.parts, self.row, self.step = parts, row, step
         self.tail_rows, self.tail_gap = tail_rows, tail_gap
         self.config, self.backend, self.observer = config, backend, observer
-        self.workspace, self.compact = workspace, compact
+        self.workspace, self.compact, self.rotated = workspace, compact, rotated
         self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
         # Layers whose attention call came; see `imdc.prefill.hook.running`.
         self.reached: set[int] = set()
@@ -92,7 +97,12 @@ class StepRun:
         tables = self._rotary(layer, stored, keys) if self.compact else None
         if tables is not None:
             cos, sin = tables
-            turned = self.backend.rotate(keys, cos, sin)
+            if self.rotated:
+                turned = keys.clone()
+                turned[:, :, stored:] = self.backend.rotate(keys[:, :, stored:], cos[stored:], sin[stored:])
+                keys = turned
+            else:
+                turned = self.backend.rotate(keys, cos, sin)
             q = self.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
         drops = window is None and self.step.memory_after < candidates
@@ -111,7 +121,7 @@ class StepRun:
                 softcap=softcap,
                 kept_k=keys,
             )
-            self._store(layer, kept_k, kept_v)
+            self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
             self._count_retained(layer, chosen, stored)
             return out
         out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
@@ -125,12 +135,25 @@ class StepRun:
                 sink_tokens=self.config.sink_tokens,
                 recent_tokens=self.config.recent_tokens,
             )
-            self._store(layer, *self.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen))
+            kept_k, kept_v = self.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
+            self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
             self._count_retained(layer, chosen, stored)
         else:
             kept = slice(0 if window is None else max(0, candidates - window + 1), candidates)
-            self._store(layer, keys[:, :, kept].clone(), values[:, :, kept].clone())
+            places = torch.arange(kept.start, kept.stop, device=keys.device)
+            kept_k = self._moved(layer, keys[:, :, kept].clone(), places, tables)
+            self._store(layer, kept_k, values[:, :, kept].clone())
         return out
+
+    def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
+        """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
+        if not self.rotated or tables is None:
+            return keys
+        end = self.step.memory_after
+        numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
+        new = self.parts.rotary(layer, numbers, tables[0].dtype)
+        # Tokens seen so far tell one compression of a row from the next.
+        return moved(keys, (tables[0][places], tables[1][places]), new, seed=self.row.tokens)
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.row.keys[layer], self.row.values[layer] = keys, values
