@@ -50,7 +50,8 @@ setup(
         "rich>=13.7",
         "safetensors>=0.4.3",
         "torch>=2.6",
-        "transformers>=5.6",
+        # The upper bound is the release after the newest tested one, so that nobody gets an untested release unasked.
+        "transformers>=5.14,<5.25",
     ],
     extras_require={
         "demo": ["accelerate>=1.1", "gguf>=0.17"],
