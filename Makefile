@@ -1,5 +1,5 @@
 # `make check` runs what CI runs, in the environment that is active.
-.PHONY: check lint types test bench clean
+.PHONY: check lint types test newest bench clean
 
 check: lint types test
 
@@ -16,10 +16,14 @@ types:
 	ln -s $(CURDIR)/imdc/* $(TREE)/imdc/
 	ln -s $(CURDIR)/kernels $(TREE)/imdc/kernels
 	cd $(TREE) && mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p imdc
-	MYPYPATH=$(TREE):bench mypy --config-file pyproject.toml bench/*.py
+	MYPYPATH=$(TREE):bench mypy --config-file pyproject.toml bench/*.py docs/*.py
 
 test:
 	pytest
+
+# Whatever the registry has now, beyond the upper bound of setup.py too. CONTRIBUTING.md says what to do when it fails.
+newest:
+	.ci/newcomer --newest
 
 bench:
 	python bench/needle.py

@@ -48,8 +48,9 @@ setup(
     install_requires=[
         "einops>=0.8",
         "rich>=13.7",
-        "safetensors>=0.4.3",
+        "safetensors>=0.8",
         "torch>=2.6",
+        # The upper bound is the release after the newest tested one, so that nobody gets an untested release unasked.
         "transformers>=5.17,<5.25",
     ],
     extras_require={

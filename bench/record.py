@@ -1,4 +1,7 @@
-"""What every benchmark writes beside its figures: machine, versions, commit. Results are never overwritten."""
+"""What every benchmark writes beside its figures: machine, versions, commit. Results are never overwritten.
+
+A result names no path of the machine: such paths mean nothing elsewhere and give away whose machine it was.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from imdc.model.loading import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -48,14 +53,50 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `result` to `folder` under a name of its own; returns where."""
+    """Write `result` to `folder` under a name of its own; returns where.
+
+    Every string in it that is a path of this machine goes through `relative`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     path = folder / f"{name}-{stamp}.json"
     with path.open("x", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
+        json.dump(_without_machine_paths(result), file, indent=1)
         file.write("\n")
     return path
+
+
+def relative(path: str | os.PathLike[str]) -> str:
+    """The path as it reads on any machine.
+
+    From the project's folder for what lies in it or beside it ("../shared/data"), from imdc's own cache for what lies
+    there; of any other absolute path only the last part is kept. A relative path stays as it is.
+    """
+    text = os.fspath(path)
+    if not os.path.isabs(text):
+        return text
+    lexical = Path(os.path.normpath(text))
+    for base in (ROOT, cache_dir()):
+        if lexical.is_relative_to(base):
+            return lexical.relative_to(base).as_posix()
+    if ROOT.parent.name and lexical.is_relative_to(ROOT.parent):
+        return f"../{lexical.relative_to(ROOT.parent).as_posix()}"
+    return lexical.name
+
+
+def _without_machine_paths(value: Any) -> Any:
+    """`value` of JSON with every string that is a path of this machine, or an option set to one, made relative."""
+    if isinstance(value, dict):
+        return {name: _without_machine_paths(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_machine_paths(one) for one in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    option, equals, path = str(value).rpartition("=") if str(value).startswith("--") else ("", "", str(value))
+    # A model's answer may begin with a slash as well, so the first folder has to exist.
+    if os.path.isabs(path) and len(Path(path).parts) > 1 and os.path.exists(os.path.join(*Path(path).parts[:2])):
+        path = relative(path)
+    return f"{option}{equals}{path}"
 
 
 def _cpu_name() -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from imdc.report import PrefillReport as PrefillReport
     from imdc.report import StepReport as StepReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "PrefillConfig": "imdc.config",

@@ -37,7 +37,7 @@ class PrefillConfig:
 
     Attributes:
         schedule: "imdc" (memory grows, chunks shrink), "im" (memory grows, equal chunks), "fm" (memory of fixed
-            size, equal chunks) or "full" (equal chunks, nothing is dropped).
+            size, equal chunks) or "full" (equal chunks, nothing is evicted).
         growth: shape in which memory grows from `initial_memory` to `memory_tokens` ("im" and "imdc"): "linear",
             "sqrt", "square", "inverse_convex" (which starts at memory_tokens / steps whatever `initial_memory` says)
             or "inverse_concave".
@@ -50,12 +50,12 @@ class PrefillConfig:
         chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
             out, less where compact positions would not fit the model's window.
         memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
-        observer: whose attention decides which keys are kept: "prompt_tail", "window", "all_queries", "sink_recent",
+        observer: whose attention decides what is retained: "prompt_tail", "window", "all_queries", "sink_recent",
             "key_diff" or "random".
-        observation_tokens: observing query rows of "prompt_tail" and "window".
+        observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
         pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
-        sink_tokens: first tokens of the prompt, always kept.
-        recent_tokens: latest tokens read, always kept.
+        sink_tokens: first tokens of the prompt (attention sinks), always retained.
+        recent_tokens: latest tokens read, always retained.
         layer_budget: "uniform": the same `memory_tokens` in every layer.
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
@@ -82,7 +82,8 @@ class PrefillConfig:
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
     sink_tokens: int = 4
-    # A sentence: what was just read is understood by what follows, which no observer has seen yet.
+    # About one sentence. The newest tokens are retained whatever their score: no later query has had a chance to attend
+    # to them.
     recent_tokens: int = 32
     layer_budget: str = "uniform"
     positions: str = "auto"

@@ -27,7 +27,7 @@ What holds for every N, M, C, growth and stored cache:
 
 - The chunks cover the prompt once, in order, and each has at least one token.
 - Memory never shrinks, except that a cache that already holds more than M is cut to M by the first step.
-- No more is ever dropped than must be: a prompt that fits keeps every KV pair, any other ends at exactly M.
+- No more is ever evicted than must be: a prompt that fits keeps every KV pair, any other ends at exactly M.
 - memory_before + chunk_tokens <= M + C at every step (FM's own peak), or <= stored + max(1, C // 4) in the first step
   of a second turn whose stored cache leaves less room than that ("full" has no bound).
 """
@@ -202,8 +202,8 @@ class _Schedule:
     def balanced(self, cost: MemoryCost | None) -> list[int]:
         """Chunks that with their memory, weighed by `cost`, add up to one level: the lowest that covers the prompt.
 
-        The number of tokens read rises with the level: first in whole steps (all steps one higher), then token by token
-        (only the first `raised` steps are one higher than the level below).
+        Binary search in two stages: the lowest level that covers the prompt; then, one token below it, the fewest first
+        steps that must be raised by one.
         """
         if self.count == 1:
             return [self.first]

@@ -29,7 +29,7 @@ class Reading:
         answer: the new text, without special tokens.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated.
-        first_token_seconds: wall-clock time from the call to the first new token.
+        first_token_seconds: time to first token (TTFT), wall-clock, from the call to the first new token.
         seconds: wall-clock time of the whole call.
         peak_bytes: peak memory above the start, weights not counted; None where the system does not tell.
         peak_kind: what `peak_bytes` counts.

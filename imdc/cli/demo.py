@@ -1,4 +1,4 @@
-"""`imdc demo`: a small model finds a fact hidden in a text four times longer than its window."""
+"""`imdc demo`: a small model finds a fact hidden in a text four times longer than its context length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from imdc.cli.prompts import Haystack
 
-# A memory of a thirty-second of the prompt. Smaller chunks than the default suit a CPU: attention over 1,536 keys.
+# The budget is a thirty-second of the prompt. Chunks are smaller than the default to suit a CPU, which attends to
+# 1,536 keys.
 DEFAULTS: dict[str, Any] = {"memory_tokens": 1024, "chunk_tokens": 512}
 _PROMPT_TOKENS = 32_768
 _NEW_TOKENS = 24
@@ -67,8 +68,8 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="SmolLM2 finds a fact hidden in 32k tokens with a memory of 1,024",
         description=(
-            "SmolLM2-135M, whose window is 8,192 tokens, reads CPython's language reference with one made-up fact "
-            "hidden in it and is asked for that fact. Exit status 0 only if the answer is right."
+            "SmolLM2-135M, whose context length is 8,192 tokens, reads CPython's language reference with one made-up "
+            "fact hidden in it and is asked for that fact. Exit status 0 only if the answer is right."
         ),
     )
     parser.add_argument("--prompt-tokens", default=str(_PROMPT_TOKENS), metavar="N", help="default: %(default)s")
@@ -106,7 +107,7 @@ def compute(args: argparse.Namespace) -> Outcome:
     window = int(model.config.max_position_embeddings)
     if not args.json:
         print(
-            f"SmolLM2-135M (trained window {window:,} tokens) reads {haystack.prompt_tokens:,} tokens of CPython's "
+            f"SmolLM2-135M (context length {window:,} tokens) reads {haystack.prompt_tokens:,} tokens of CPython's "
             f'language reference.\nHidden at token {haystack.needle_token:,}: "{haystack.needle.sentence}"',
             flush=True,
         )
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         f"First token after {reading.first_token_seconds:.1f} s, {reading.report.tokens_per_second:,.0f} tokens/s.\n"
         f"KV cache kept: {format_bytes(reading.report.kv_bytes)} ({reading.report.memory_tokens:,} pairs per layer "
         f"and head). Full attention would keep {format_bytes(outcome.full_kv_bytes)}, {share:.0f} times as much, and "
-        f"the prompt is {reading.prompt_tokens / outcome.trained_window:.1f} times the model's window."
+        f"the prompt is {reading.prompt_tokens / outcome.trained_window:.1f} times the model's context length."
     )
     return 0 if outcome.right else 1
 

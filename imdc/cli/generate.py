@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(costs_table({f"imdc ({outcome.config.schedule})": outcome.patched, "unpatched": outcome.full}))
     window = outcome.trained_window
     if window is not None and outcome.patched.prompt_tokens > window:
-        print(f"The model was trained for {window:,} tokens: the unpatched answer is past its window.")
+        print(f"The unpatched answer is beyond the model's context length of {window:,} tokens.")
     print(f"imdc:      {outcome.patched.answer}")
     print(f"unpatched: {outcome.full.answer}")
     return 0

@@ -21,7 +21,7 @@ from imdc.units import format_bytes, format_tokens, parse_bytes, parse_tokens
 
 # A bounded prefill takes the same memory for any longer prompt; looking further would only take time.
 _LONGEST_PROMPT = 2**24
-# A plan of so many steps, and those that it is compared with, still take about a second.
+# Planning so many steps, and the schedules they are compared with, takes about a second.
 _MOST_PLANNED = 2 * MOST_STEPS
 
 
@@ -164,7 +164,8 @@ def _solve(
         longest = min(_LONGEST_PROMPT, MOST_STEPS * mean)
 
         def peak_at_prompt(tokens: int) -> int:
-            # One token more than whole chunks makes all chunks smaller: what no shorter prompt exceeds is wanted.
+            # The peak is not monotonic in the prompt length: one token past a whole number of chunks adds a step and
+            # shrinks every chunk. Take the largest peak of any shorter prompt.
             whole = tokens // mean * mean
             peaks = [peak_bytes(shape, length, config, device) for length in {tokens, whole, min(tokens, mean)} - {0}]
             return max(peaks)
@@ -176,7 +177,7 @@ def _solve(
     def peak_at_memory(tokens: int) -> int:
         return peak_bytes(shape, prompt, with_memory(config, tokens), device)
 
-    # What the pairs alone would fill bounds the search.
+    # Upper bound: the memory whose KV cache alone fills the limit.
     pairs = (limit - shape.weights) // max(1, shape.kv_bytes_per_token * shape.full_layers)
     memory = largest_within(limit, peak_at_memory, least, max(least, min(prompt, pairs)), "the smallest memory")
     return prompt, with_memory(config, memory), memory >= prompt

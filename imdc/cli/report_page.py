@@ -14,7 +14,7 @@ from imdc.cli.report_script import SCRIPT
 
 def page(data: Mapping[str, Any]) -> str:
     """The page for the values of `imdc profile --json`."""
-    # Of a local path the name alone: the page is made to be passed on.
+    # Only the name of a local folder is shown, because the page is made to be passed on.
     model = str(data["model"])
     name = Path(model).name if Path(model).exists() else model
     title = f"{name}: {data['prompt_tokens']:,} tokens"

@@ -13,9 +13,9 @@ from imdc.planner.footprint import balanced_steps, predict
 from imdc.positions import fitted, largest_chunk
 from imdc.units import format_bytes
 
-# Below, activations no longer matter, and a plan of a million steps helps nobody.
+# Smaller chunks save no memory: weights and KV cache dominate.
 LEAST_CHUNK = 32
-# Nor does anyone read a table of so many steps, and more take seconds to plan.
+# Keeps a plan below one second.
 MOST_STEPS = 4096
 
 

@@ -105,9 +105,9 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
 
 
 def _own(running: Layers, phase: Phase) -> int:
-    """KV pairs by which the running layer differs from a finished one, or one to come: whichever stores more.
+    """KV pairs that the running layer holds, minus what the sum over layers already counts for it.
 
-    The first or the last layer is the one that counts.
+    It counts the larger of before and after: the peak lies in the first layer or in the last.
     """
     own = {"before": running.before, "none": 0, "after": running.after}
     return own[phase.layer_memory] - max(running.before, running.after)

@@ -27,7 +27,7 @@ class Gpu:
     bandwidth: float
 
     def least_seconds(self, flops: float, moved_bytes: float) -> float:
-        """Time below which no program can be: arithmetic and memory traffic, whichever takes longer."""
+        """Roofline lower bound: the longer of compute time and memory-transfer time."""
         return max(flops / self.flops, moved_bytes / self.bandwidth)
 
 
