@@ -39,7 +39,7 @@ def test_bounds_are_the_tested_releases() -> None:
     major, minor = pinned("constraints-ci.txt")
     assert lowest == pinned("constraints-lowest.txt")
     assert above == (major, minor + 1)
-    assert (hf.LOWEST, hf.BELOW) == (lowest, above)
+    assert (lowest, above) == (hf.LOWEST, hf.BELOW)
 
 
 def test_releases_between_are_inside_the_bounds() -> None:
