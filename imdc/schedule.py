@@ -45,6 +45,9 @@ from imdc.errors import ConfigError
 # IMDC from levelling: SmolLM2's peak at M = 1.8C falls by 19% with a quarter and by 24% with a sixteenth.
 _LEAST_SHARE, _LEAST_TOKENS, _LEAST_OF_LARGE = 4, 128, 16
 
+# Decoding appends to a layer one KV pair at a time; room is made for this many at once.
+TAIL_BLOCK = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -24,6 +24,7 @@ from imdc.model.config_file import read_config
 from imdc.model.families import FAMILIES as SUPPORTED_FAMILIES
 from imdc.model.loading import find_smollm2_gguf
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.fit import fit_chunk, largest_within, peak_bytes
 from imdc.planner.gpus import GPUS
 from imdc.planner.plan import plan
@@ -110,7 +111,7 @@ def test_auto_takes_the_largest_chunk_within_the_limit() -> None:
     made = plan(shape, 200_000, chunk_tokens="auto", memory_limit=limit)
     chunk = int(made.config.chunk_tokens)
     assert made.peak_bytes <= limit
-    assert peak_bytes(shape, 200_000, PrefillConfig(chunk_tokens=round(chunk * 1.1)), "cuda") > limit
+    assert peak_bytes(shape, Batch(200_000), PrefillConfig(chunk_tokens=round(chunk * 1.1)), "cuda") > limit
     share = plan(shape, 200_000, chunk_tokens="auto", memory_limit=0.5, device_bytes=2 * limit)
     assert share.config.chunk_tokens == chunk
 
@@ -118,7 +119,7 @@ def test_auto_takes_the_largest_chunk_within_the_limit() -> None:
 def test_auto_refuses_what_cannot_fit() -> None:
     shape = ModelShape.from_config(SimpleNamespace(**LLAMA_8B))
     with pytest.raises(ConfigError, match=r"a limit of 15\.1 GiB is too small: it needs at least 15\.\d GiB"):
-        fit_chunk(shape, 200_000, PrefillConfig(chunk_tokens="auto", memory_limit=1), int(15.1 * GIB))
+        fit_chunk(shape, Batch(200_000), PrefillConfig(chunk_tokens="auto", memory_limit=1), int(15.1 * GIB))
     with pytest.raises(ConfigError, match=r"memory_limit=0\.5 is a share of the device"):
         plan(shape, 1000, chunk_tokens="auto", memory_limit=0.5)
 
@@ -255,11 +256,11 @@ def test_solved_prompt_leaves_no_shorter_one_that_does_not_fit(config_json: str)
     config = PrefillConfig(memory_tokens=256, chunk_tokens=3000)
     shape = ModelShape.from_config(SimpleNamespace(**LLAMA_8B))
     for length in (2900, 36_000):
-        limit = peak_bytes(shape, length, config, "cuda")
+        limit = peak_bytes(shape, Batch(length), config, "cuda")
         found = compute("--config-json", config_json, "--gpu", f"{limit}B", "--solve", "prompt", *sizes)
         for shorter in range(100, found.plan.prompt_tokens + 1, 100):
-            assert peak_bytes(shape, shorter, config, "cuda") <= limit, (length, shorter)
-        assert peak_bytes(shape, found.plan.prompt_tokens + 1, config, "cuda") > limit
+            assert peak_bytes(shape, Batch(shorter), config, "cuda") <= limit, (length, shorter)
+        assert peak_bytes(shape, Batch(found.plan.prompt_tokens + 1), config, "cuda") > limit
 
 
 def test_command_finds_no_bound_for_a_bounded_prompt(config_json: str) -> None:

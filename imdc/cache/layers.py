@@ -16,12 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from imdc.errors import UnsupportedCallError
+from imdc.schedule import TAIL_BLOCK
 
 # What a layer held at one moment: tokens stored and seen, and the tail; or the window's tensors and tokens seen.
 Mark = tuple[Any, ...]
-
-# Decoding appends one KV pair at a time; room is made for this many at once.
-_TAIL_BLOCK = 128
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -81,8 +79,8 @@ class MemoryLayer(CacheLayerMixin):
     @staticmethod
     def _roomier(states: Tensor, count: int) -> Tensor:
         length = states.shape[2]
-        blocks = -(-count // _TAIL_BLOCK)
-        buffer = states.new_empty(*states.shape[:2], length + blocks * _TAIL_BLOCK, states.shape[3])
+        blocks = -(-count // TAIL_BLOCK)
+        buffer = states.new_empty(*states.shape[:2], length + blocks * TAIL_BLOCK, states.shape[3])
         buffer[:, :, :length] = states
         return buffer
 

@@ -172,9 +172,10 @@ def predicted_savings(shape: ModelShape, tokens: int, config: PrefillConfig, dev
 
     The chunk stays the config's; ratios whose memory holds the whole prompt, or too few tokens, are left out.
     """
+    from imdc.planner.batch import Batch
     from imdc.planner.fit import peak_bytes, with_memory
 
-    savings = {}
+    savings, batch = {}, Batch(tokens)
     for ratio in RATIOS:
         if isinstance(config.chunk_tokens, str):
             break
@@ -183,7 +184,7 @@ def predicted_savings(shape: ModelShape, tokens: int, config: PrefillConfig, dev
             continue
         base = with_memory(config, memory)
         fm, imdc = (
-            peak_bytes(shape, tokens, replace(base, schedule=schedule), device) - shape.weights
+            peak_bytes(shape, batch, replace(base, schedule=schedule), device) - shape.weights
             for schedule in ("fm", "imdc")
         )
         savings[ratio] = 1 - imdc / fm

@@ -9,7 +9,9 @@ from dataclasses import replace
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.shape import ModelShape
-from imdc.planner.footprint import balanced_steps, predict
+from imdc.planner.batch import Batch
+from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_after
+from imdc.schedule import Step
 from imdc.units import format_bytes
 
 # Below, activations no longer matter, and a plan of a million steps helps nobody.
@@ -18,12 +20,12 @@ LEAST_CHUNK = 32
 MOST_STEPS = 4096
 
 
-def execution(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> tuple[str, bool]:
+def execution(shape: ModelShape, batch: Batch, config: PrefillConfig, device: str) -> tuple[str, bool]:
     """(backend, compact positions) that a prefill will use: what "auto" of either becomes for this model.
 
     Args:
         shape: the model.
-        prompt_tokens: tokens of the longest prompt row.
+        batch: what is read.
         config: the options.
         device: "cuda" or "cpu".
     """
@@ -32,26 +34,59 @@ def execution(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, devi
         backend = "triton" if device == "cuda" else "reference" if shape.softcap else "sdpa"
     if not shape.full_layers:
         return backend, False
-    beyond = shape.max_positions is not None and prompt_tokens > shape.max_positions
+    beyond = shape.max_positions is not None and batch.seen_tokens + batch.prompt_tokens > shape.max_positions
     return backend, config.positions == "compact" or (config.positions == "auto" and beyond)
 
 
-def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
-    """The largest mean chunk whose predicted peak, weights included, stays within `limit` bytes.
+def fit_chunk(shape: ModelShape, batch: Batch, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
+    """The largest mean chunk whose predicted peak, weights, other rows and answer included, is within `limit` bytes.
 
     Raises:
         ConfigError: not even the smallest chunks fit; the message says what they need.
     """
 
     def peak(chunk: int) -> int:
-        return peak_bytes(shape, prompt_tokens, with_chunk(config, chunk), device)
+        return peak_bytes(shape, batch, with_chunk(config, chunk), device)
 
-    least = max(LEAST_CHUNK, math.ceil(prompt_tokens / MOST_STEPS))
+    least = least_chunk(batch)
     if config.schedule == "full":
         what, remedy = "the whole prompt in memory", "take another schedule than 'full'"
     else:
         what, remedy = f"memory_tokens={config.memory_tokens} and the smallest chunks", "lower memory_tokens"
-    return largest_within(limit, peak, least, prompt_tokens, what, remedy)
+    if batch.copies > 1:
+        what, remedy = f"{what} of {batch.copies} rows", f"{remedy}, or read fewer rows or beams at once"
+    return largest_within(limit, peak, least, batch.prompt_tokens, what, remedy)
+
+
+def least_chunk(batch: Batch) -> int:
+    """The smallest mean chunk that is tried where memory is short."""
+    return max(LEAST_CHUNK, math.ceil(batch.prompt_tokens / MOST_STEPS))
+
+
+def smaller_chunk(
+    shape: ModelShape, batch: Batch, config: PrefillConfig, chunk: int, limit: int | None, *, device: str
+) -> int:
+    """The mean chunk to try after one of `chunk` tokens, more than `least_chunk`, ran out of memory.
+
+    It saves half of what the smallest chunks would, by predicted peaks, and more where `limit` asks for that.
+
+    Args:
+        shape: the model.
+        batch: what is read.
+        config: the options; its chunk_tokens is not read.
+        chunk: the mean chunk that failed.
+        limit: bytes that the device has for everything, weights included; None where that is not known.
+        device: as in `execution`.
+    """
+    chunk, least = min(chunk, batch.prompt_tokens), least_chunk(batch)
+
+    def peak(tokens: int) -> int:
+        return peak_bytes(shape, batch, with_chunk(config, tokens), device)
+
+    lowest = peak(least)
+    allowed = (lowest + peak(chunk)) // 2
+    allowed = max(lowest, allowed if limit is None else min(allowed, limit))
+    return largest_within(allowed, peak, least, chunk - 1, "the smallest chunks")
 
 
 def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
@@ -75,12 +110,27 @@ def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
     return limit
 
 
-def peak_bytes(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> int:
-    """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number."""
-    backend, compact = execution(shape, prompt_tokens, config, device)
-    steps = balanced_steps(shape, prompt_tokens, config)
-    footprints = predict(shape, config, steps, backend=backend, compact=compact)
-    return max(footprint.total_bytes for footprint in footprints)
+def peak_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig, device: str) -> int:
+    """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number, and of its answer."""
+    _, footprints, after = foresee(shape, batch, config, execution(shape, batch, config, device))
+    return max(footprint.total_bytes for footprint in (*footprints, *after))
+
+
+def foresee(
+    shape: ModelShape, batch: Batch, config: PrefillConfig, chosen: tuple[str, bool]
+) -> tuple[tuple[Step, ...], tuple[StepFootprint, ...], tuple[StepFootprint, ...]]:
+    """(steps, their footprints, those of what follows them), for a config whose chunk_tokens is a number.
+
+    Args:
+        shape: the model.
+        batch: what is read.
+        config: the options.
+        chosen: backend and whether positions are compact, as `execution` says.
+    """
+    backend, compact = chosen
+    steps = balanced_steps(shape, batch.prompt_tokens, config, stored_tokens=batch.stored_tokens)
+    footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch)
+    return steps, footprints, predict_after(shape, config, batch, steps[-1].memory_after)
 
 
 def largest_within(

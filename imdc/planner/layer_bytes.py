@@ -64,7 +64,10 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step of a plan asks of a model; r, T and the rest as in the module's text."""
+    """What one step of a plan asks of a model; r, T and the rest as in the module's text.
+
+    `seen_tokens` were read by earlier turns.
+    """
 
     shape: ModelShape
     config: PrefillConfig
@@ -73,6 +76,7 @@ class Work:
     last: bool
     backend: str
     compact: bool
+    seen_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -85,8 +89,9 @@ class Work:
         shape, step = self.shape, self.step
         full = Layers(shape.full_layers, step.memory_before, step.memory_after, None)
         limit = (shape.window or 1) - 1
-        seen = step.start + step.chunk_tokens
-        sliding = Layers(shape.sliding_layers, min(step.start, limit), min(seen, limit), shape.window)
+        begin = self.seen_tokens + step.start
+        end = begin + step.chunk_tokens
+        sliding = Layers(shape.sliding_layers, min(begin, limit), min(end, limit), shape.window)
         return [layers for layers in (sliding, full) if layers.count]
 
     @property

@@ -18,13 +18,11 @@ from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
-from imdc.planner.fit import fit_chunk, limit_bytes
+from imdc.planner.batch import Batch
+from imdc.planner.fit import fit_chunk, least_chunk, limit_bytes, smaller_chunk
 from imdc.prefill.backends import Backend, choose, traits_of
 from imdc.prefill.reader import OnStep, Reader
 from imdc.report import PrefillReport
-
-# A step that does not fit is retried with half the chunk, down to this: below, activations no longer matter.
-_LEAST_CHUNK = 32
 
 
 @dataclass(slots=True)
@@ -55,25 +53,26 @@ class Engine:
 
         Raises:
             UnsupportedCallError: an empty prompt, or positions beyond the model's window.
+            ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
         began = time.perf_counter()
         prompts = self._prompts(cache, input_ids, attention_mask)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
-        longest = max(prompt.numel() for prompt in prompts)
         device = self.parts.device()
         backend, _ = self.backend()
-        chunk, restarts = self._fitting_chunk(longest, device), 0
+        batch = self._batch(cache, prompts, len(unique))
+        chunk, restarts = self._first_chunk(cache, batch, device), 0
         while True:
+            reader = Reader(
+                self.parts,
+                self.config,
+                self.forward,
+                backend=backend,
+                chunk=chunk,
+                on_step=self.on_step,
+            )
+            rows, outputs = [], []
             try:
-                reader = Reader(
-                    self.parts,
-                    self.config,
-                    self.forward,
-                    backend=backend,
-                    chunk=chunk,
-                    on_step=self.on_step,
-                )
-                rows, outputs = [], []
                 for number, index in enumerate(unique):
                     row = (
                         self._new_row(prompts[index]) if cache.is_empty else self._old_row(cache, prompts[index], index)
@@ -81,10 +80,17 @@ class Engine:
                     outputs.append(reader.read(row, prompts[index].to(device), number, forward_options))
                     rows.append(row)
                 break
-            except torch.OutOfMemoryError as error:
-                rows, outputs = [], []
-                chunk = self._smaller_chunk(chunk, longest, error)
-                restarts += 1
+            except torch.OutOfMemoryError:
+                if min(chunk, batch.prompt_tokens) <= least_chunk(batch):
+                    raise
+            # The frames that the error held are gone, and with them their tensors.
+            del reader
+            rows, outputs = [], []
+            chunk = self._smaller_chunk(chunk, batch, device)
+            restarts += 1
+        # Its workspace would raise the peak of stacking the rows.
+        reports = tuple(reader.reports)
+        del reader
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
         output = outputs[0]
         output.logits = torch.cat([output.logits for output in outputs])[torch.tensor(order)]
@@ -97,7 +103,7 @@ class Engine:
             memory_tokens=cache.stored_tokens(),
             kv_bytes=cache.kv_bytes(),
             seconds=time.perf_counter() - began,
-            steps=tuple(reader.reports),
+            steps=reports,
             restarts=restarts,
         )
         return output, report
@@ -158,36 +164,64 @@ class Engine:
             row.compact = True
         return row
 
-    def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:
-        """The chunk that `memory_limit` allows, where the config asks for "auto"."""
-        if self.config.chunk_tokens != "auto":
-            return None
-        shape = ModelShape.from_model(self.parts.model)
-        free = None
-        if isinstance(self.config.memory_limit, float):
-            free = _free_bytes(device) + shape.weights
-        limit = limit_bytes(self.config, free)
-        return fit_chunk(shape, prompt_tokens, self.config, limit, device=device.type)
+    def _batch(self, cache: ImdcCache, prompts: list[Tensor], rows: int) -> Batch:
+        """What is read, as the planner wants it; inside `generate()` at least one token follows."""
+        seen = 0 if cache.rows is None else int(cache.rows.tokens.max()) + cache.tail
+        return Batch(
+            prompt_tokens=max(prompt.numel() for prompt in prompts),
+            rows=rows,
+            cache_rows=len(prompts),
+            new_tokens=max(1, getattr(cache, "expected_new_tokens", None) or 0),
+            seen_tokens=seen,
+            stored_tokens=cache.stored_tokens(),
+            stored_bytes=cache.held_bytes(),
+        )
 
-    def _smaller_chunk(self, chunk: int | None, prompt_tokens: int, error: Exception) -> int:
-        if chunk is None:
-            assert isinstance(self.config.chunk_tokens, int), "'auto' has become a number"
-            chunk = min(self.config.chunk_tokens, prompt_tokens)
-        if chunk // 2 < _LEAST_CHUNK:
-            raise error
+    def _first_chunk(self, cache: ImdcCache, batch: Batch, device: torch.device) -> int:
+        """The mean chunk: the config's, or the largest that `memory_limit` allows where it asks for "auto"."""
+        if isinstance(self.config.chunk_tokens, int):
+            return self.config.chunk_tokens
+        if cache.phase == "decode":
+            # The prefill left room for compressing again, and a generation is not refused half way.
+            return batch.prompt_tokens
+        shape = ModelShape.from_model(self.parts.model)
+        free = _free_bytes(device) if isinstance(self.config.memory_limit, float) else None
+        limit = limit_bytes(self.config, None if free is None else free + shape.weights + batch.stored_bytes)
+        return fit_chunk(shape, batch, self.config, limit, device=device.type)
+
+    def _smaller_chunk(self, chunk: int, batch: Batch, device: torch.device) -> int:
+        """The mean chunk to begin again with after running out of memory."""
+        shape = ModelShape.from_model(self.parts.model)
+        free = _free_bytes(device)
+        limit = None if free is None else free + shape.weights + batch.stored_bytes
+        smaller = smaller_chunk(shape, batch, self.config, chunk, limit, device=device.type)
         warnings.warn(
-            f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {chunk // 2}",
+            f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {smaller}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return chunk // 2
+        return smaller
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What the device has free for a prefill."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _free_bytes(device: torch.device) -> int | None:
+    """What the device has free for a prefill; None where the system does not tell."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):
+            return None
+        # The caching allocator holds blocks that it would use again.
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0] + unused)
+    try:
+        # Linux counts what it can reclaim, such as cached files, as available.
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _distinct(prompts: list[Tensor]) -> tuple[list[int], list[int]]:

@@ -48,10 +48,10 @@ class Reader:
         forward: Callable[..., Any],
         *,
         backend: Backend,
-        chunk: int | None,
+        chunk: int,
         on_step: OnStep | None,
     ) -> None:
-        """`forward` is the model's own; `chunk` replaces the config's chunk_tokens where it is not None."""
+        """`forward` is the model's own; `chunk` replaces the config's chunk_tokens."""
         self.parts, self.config, self.forward = parts, config, forward
         self.backend, self.chunk, self.on_step = backend, chunk, on_step
         self.shape = ModelShape.from_model(parts.model) if config.levels_bytes else None

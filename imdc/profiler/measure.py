@@ -22,6 +22,7 @@ from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.footprint import StepFootprint, predict, predict_unpatched
 from imdc.prefill.patch import patch
 from imdc.profiler.allocations import (
@@ -212,8 +213,8 @@ def measure_unpatched(model: PreTrainedModel, input_ids: Tensor) -> MeasuredPref
         del output
     shape = ModelShape.from_model(model)
     tokens = input_ids.shape[1]
-    values |= {"kv_bytes": predict_unpatched(shape, tokens).memory, "retention": ()}
-    step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, tokens), **values)
+    values |= {"kv_bytes": predict_unpatched(shape, Batch(tokens)).memory, "retention": ()}
+    step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, Batch(tokens)), **values)
     own: str = model.config._attn_implementation
     return MeasuredPrefill(UNPATCHED, tokens, own, None, shape.weights, (step,))
 
