@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, greedy
 import imdc
 import imdc.errors
 from imdc.cache.layers import MemoryLayer
-from imdc.prefill.step import ALL_ATTENTION_FUNCTIONS
+from imdc.prefill.hook import ALL_ATTENTION_FUNCTIONS
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 48}
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}

@@ -17,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import imdc
-from imdc import attention
 from imdc.cache.cache import ImdcCache
+from imdc.prefill import hook
 from imdc.prefill.patch import PatchHandle
 
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
@@ -41,8 +41,8 @@ def trace_of(model: PreTrainedModel) -> dict[str, Any]:
     state["attention"] = dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
     state["masks"] = dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping)
     state["class"] = dict(vars(type(model)))
-    state["installed"] = dict(attention._installed)
-    state["running"] = attention._RUNNING.get()
+    state["installed"] = dict(hook._installed)
+    state["running"] = hook._RUNNING.get()
     return state
 
 
@@ -122,7 +122,7 @@ def test_threads_of_models_that_share_a_config_do_not_meet(switching: None, impl
         got = together(*(lambda model=model: answers(model) for model in (first, second, plain)))
     assert got == wanted
     assert wanted[0] != wanted[1] != wanted[2]
-    assert first.config._attn_implementation == own and not attention._installed
+    assert first.config._attn_implementation == own and not hook._installed
 
 
 def test_two_threads_may_use_one_patched_model(switching: None) -> None:
@@ -157,7 +157,7 @@ def test_a_thread_that_fails_disturbs_no_other(switching: None) -> None:
         failures, answers = together(fail, lambda: [greedy(second, prompt()).sequences for _ in range(7)])
     assert failures == 7
     assert all(torch.equal(answer, wanted) for answer in answers)
-    assert not attention._installed
+    assert not hook._installed
 
 
 @pytest.mark.parametrize("failure", FAILURES)
