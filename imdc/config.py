@@ -12,12 +12,16 @@ from typing import Any
 from imdc.errors import ConfigError, did_you_mean
 
 SCHEDULES = ("imdc", "im", "fm", "full")
+# The model's own prefill, where it stands beside the schedules.
+UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
 OBSERVERS = ("prompt_tail", "window", "all_queries", "sink_recent", "key_diff", "random")
 LAYER_BUDGETS = ("uniform", "adaptive", "pyramid")
 POSITIONS = ("auto", "original", "compact")
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
+# Decoding appends to a layer one KV pair at a time; room is made for this many at once.
+TAIL_BLOCK = 128
 
 _SUPPORTED_LAYER_BUDGETS = ("uniform",)
 
@@ -79,7 +83,7 @@ class PrefillConfig:
 
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         for name, least in _LEAST.items():
             _check_int(name, getattr(self, name), least)
@@ -189,7 +193,7 @@ def option_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(PrefillConfig))
 
 
-_CHOICES: dict[str, Sequence[str]] = {
+CHOICES: dict[str, Sequence[str]] = {
     "schedule": SCHEDULES,
     "growth": GROWTHS,
     "balance": BALANCES,

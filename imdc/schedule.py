@@ -45,9 +45,6 @@ from imdc.errors import ConfigError
 # IMDC from levelling: SmolLM2's peak at M = 1.8C falls by 19% with a quarter and by 24% with a sixteenth.
 _LEAST_SHARE, _LEAST_TOKENS, _LEAST_OF_LARGE = 4, 128, 16
 
-# Decoding appends to a layer one KV pair at a time; room is made for this many at once.
-TAIL_BLOCK = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -90,9 +87,31 @@ def tail_rows(steps: Sequence[Step], config: PrefillConfig, *, full_layers: int)
     return [rows if step is not steps[-1] and step.memory_after < step.attended_tokens else 0 for step in steps]
 
 
-def widest_step(steps: Sequence[Step], tails: Sequence[int]) -> int:
-    """Positions that the widest step takes with compact positions: memory, chunk and tail rows."""
-    return max(step.attended_tokens + tail for step, tail in zip(steps, tails, strict=True))
+def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
+    """How many of a step's last queries vote by their attention; None for observers that score without queries."""
+    if config.observer == "all_queries":
+        return chunk_tokens
+    if config.observer in ("prompt_tail", "window"):
+        return tail_rows or min(config.observation_tokens, chunk_tokens)
+    return None
+
+
+def compact_positions(
+    prompt_tokens: int, new_tokens: int, trained_window: int | None, config: PrefillConfig, *, full_layers: int
+) -> bool:
+    """Whether the memory of a row is numbered anew at every step.
+
+    `prompt_tokens` include earlier turns; `new_tokens` are read after them (0: unknown); `trained_window` may be None.
+    """
+    if not full_layers or config.positions != "auto":
+        return bool(full_layers) and config.positions == "compact"
+    return trained_window is not None and prompt_tokens + new_tokens > trained_window
+
+
+def window_exceeded(steps: Sequence[Step], tails: Sequence[int], trained_window: int | None) -> int | None:
+    """Positions that the widest step takes with compact positions (memory, chunk and tail rows), if too many."""
+    widest = max(step.attended_tokens + tail for step, tail in zip(steps, tails, strict=True))
+    return widest if trained_window and widest > trained_window else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,7 @@ import imdc.cli.plan as command
 from imdc.cli.main import build_parser, main
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
-from imdc.model.config_defaults import SUPPORTED
 from imdc.model.config_file import read_config
-from imdc.model.families import FAMILIES as SUPPORTED_FAMILIES
 from imdc.model.loading import find_smollm2_gguf
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
@@ -205,7 +203,6 @@ def test_plan_says_where_patch_refuses_positions() -> None:
 
 
 def test_plan_says_what_patch_does_not_support() -> None:
-    assert set(SUPPORTED) == set(SUPPORTED_FAMILIES)
     sizes = {"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
     made = plan(SimpleNamespace(model_type="gpt2", **sizes), 1000)
     assert made.shape.intermediate == 3072
@@ -395,3 +392,31 @@ def test_command_answers_within_two_seconds_and_without_torch(config_json: str) 
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 2.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_sees_the_windows_and_the_context_length_that_the_engine_uses(family: str) -> None:
+    from imdc.model.parts import Parts
+
+    model = FAMILIES[family]()
+    parts, shape = Parts.of(model), ModelShape.from_config(model.config)
+    assert shape.full_layers == len(parts.full_layers)
+    assert {shape.window} == {window for window in parts.windows if window is not None} or not shape.sliding_layers
+    assert shape.max_positions == parts.trained_window
+
+
+def test_a_window_that_transformers_gives_another_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imdc.model.parts import Parts
+
+    model = FAMILIES["gemma3"]()
+    monkeypatch.setattr("imdc.model.parts.layer_windows", lambda config, layers: (None,) * layers)
+    with pytest.raises(UnsupportedModelError, match="layer 0 .* has a window of 24 in transformers' cache and of None"):
+        Parts.of(model)
+
+
+def test_rows_describe_kin_and_no_more() -> None:
+    from imdc.model.families import describe
+
+    assert describe("qwen3_next").qk_norm and describe("gemma3n_text").norms == 4
+    assert describe("phimoe").gated and not describe("phi").gated
+    assert describe("no_such_model").title == ""

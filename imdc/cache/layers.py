@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
+from imdc.config import TAIL_BLOCK
 from imdc.errors import UnsupportedCallError
-from imdc.schedule import TAIL_BLOCK
 
 # What a layer held at one moment: tokens stored and seen, and the tail; or the window's tensors and tokens seen.
 Mark = tuple[Any, ...]

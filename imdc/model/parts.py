@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from imdc.errors import UnsupportedModelError
 from imdc.model.families import Family, family_of
+from imdc.model.shape import layer_windows, trained_window
 
 
 @dataclass(slots=True)
@@ -61,6 +62,11 @@ class Parts:
                 "attn_implementation='sdpa' cannot cap logits as this model does; load it with "
                 "attn_implementation='eager'"
             )
+        if trained_window(config) is None:
+            raise UnsupportedModelError(
+                f"the config of model_type={config.model_type!r} has no max_position_embeddings; set it to the "
+                f"context length that the model was trained for"
+            )
         attentions: list[Any] = [layer.self_attn for layer in layers]
         flag = family.rope_flag
         return cls(
@@ -83,11 +89,9 @@ class Parts:
     @property
     def trained_window(self) -> int:
         """Positions that the model was trained for."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            # Its short factors, which hold for all positions of a bounded memory, end here.
-            return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
-        return int(self.config.max_position_embeddings)
+        window = trained_window(self.config)
+        assert window is not None, "checked in `of`"
+        return window
 
     def device(self, layer: int | None = None) -> torch.device:
         """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
@@ -129,23 +133,23 @@ def _execution_device(module: nn.Module) -> torch.device:
 
 
 def _windows(config: Any, count: int) -> tuple[int | None, ...]:
-    """Per layer the sliding window that transformers' own cache would use.
+    """Per layer the sliding window, as a plan sees it; transformers' own cache must see the same.
 
     Raises:
-        UnsupportedModelError: a layer keeps another kind of state (linear attention, chunked attention).
+        UnsupportedModelError: a layer keeps another kind of state (linear attention, chunked attention), or
+            transformers' cache gives it another window.
     """
-    own = DynamicCache(config=config).layers
-    if not own:
-        return (None,) * count
-    windows: list[int | None] = []
-    for number, layer in enumerate(own):
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        else:
+    windows = layer_windows(config, count)
+    for number, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModelError(
                 f"layer {number} of model_type={config.model_type!r} keeps a {type(layer).__name__}; imdc knows full "
                 f"and sliding-window attention only"
             )
-    return tuple(windows)
+        own = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        if own != windows[number]:
+            raise UnsupportedModelError(
+                f"layer {number} of model_type={config.model_type!r} has a window of {own} in transformers' cache and "
+                f"of {windows[number]} by its config; imdc does not know this version's rule for it"
+            )
+    return windows

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imdc.config import PrefillConfig
+from imdc.config import TAIL_BLOCK, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.shape import ModelShape
-from imdc.schedule import TAIL_BLOCK
 
 
 @dataclass(frozen=True, slots=True)

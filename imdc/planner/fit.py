@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
+from imdc.model.backend_rule import ALL_PACKAGES, AttentionTraits, choose_backend
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_after
-from imdc.schedule import Step
+from imdc.schedule import Step, compact_positions
 from imdc.units import format_bytes
 
 # Below, activations no longer matter, and a plan of a million steps helps nobody.
@@ -20,22 +21,26 @@ LEAST_CHUNK = 32
 MOST_STEPS = 4096
 
 
-def execution(shape: ModelShape, batch: Batch, config: PrefillConfig, device: str) -> tuple[str, bool]:
+def execution(
+    shape: ModelShape, batch: Batch, config: PrefillConfig, device: str, packages: Set[str] = ALL_PACKAGES
+) -> tuple[str, bool]:
     """(backend, compact positions) that a prefill will use: what "auto" of either becomes for this model.
 
     Args:
         shape: the model.
         batch: what is read.
         config: the options.
-        device: "cuda" or "cpu".
+        device: type of the device, such as "cuda" or "cpu".
+        packages: of `ALL_PACKAGES`, those installed where the prefill will run.
+
+    Raises:
+        ConfigError: the backend that is asked for cannot serve the model.
     """
-    backend = config.backend
-    if backend == "auto":
-        backend = "triton" if device == "cuda" else "reference" if shape.softcap else "sdpa"
-    if not shape.full_layers:
-        return backend, False
-    beyond = shape.max_positions is not None and batch.seen_tokens + batch.prompt_tokens > shape.max_positions
-    return backend, config.positions == "compact" or (config.positions == "auto" and beyond)
+    traits = AttentionTraits(device, shape.dtype, shape.head_dim, shape.softcap)
+    backend, _ = choose_backend(config.backend, traits, packages)
+    end = batch.seen_tokens + batch.prompt_tokens
+    compact = compact_positions(end, batch.decoded_tokens, shape.max_positions, config, full_layers=shape.full_layers)
+    return backend, compact
 
 
 def fit_chunk(shape: ModelShape, batch: Batch, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
 from imdc.model.shape import ModelShape
-from imdc.schedule import Step
+from imdc.schedule import Step, observing_rows
 
 # Elements of one float32 score block of the reference kernels (imdc.kernels.reference).
 _SCORE_BLOCK = 4 * 2**20
@@ -107,10 +107,7 @@ class Work:
     @property
     def observing_rows(self) -> int:
         """Query rows that score keys, 0 where nothing is dropped or the observer asks no queries."""
-        chunk, observer = self.step.chunk_tokens, self.config.observer
-        if not self.drops or observer not in ("prompt_tail", "window", "all_queries"):
-            return 0
-        return chunk if observer == "all_queries" else self.tail or min(self.config.observation_tokens, chunk)
+        return (observing_rows(self.config, self.step.chunk_tokens, self.tail) or 0) if self.drops else 0
 
 
 def phases(work: Work, layers: Layers) -> Iterator[Phase]:

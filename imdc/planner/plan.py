@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
-from imdc.model.config_defaults import SUPPORTED
+from imdc.model.backend_rule import ALL_PACKAGES, installed_packages
+from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept
 from imdc.planner.fit import execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
-from imdc.schedule import Step, tail_rows, widest_step
+from imdc.schedule import Step, tail_rows, window_exceeded
 from imdc.units import format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
@@ -157,14 +158,15 @@ class Plan:
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know of this model; often nothing."""
         shape, notes = self.shape, []
-        if shape.family not in SUPPORTED:
+        if shape.family not in FAMILIES:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
-        widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
-        if self.compact and shape.max_positions and widest > shape.max_positions:
+        tails = tail_rows(steps, self.config, full_layers=shape.full_layers)
+        widest = window_exceeded(steps, tails, shape.max_positions) if self.compact else None
+        if widest is not None:
             notes.append(
                 f"note: imdc.patch will refuse this: memory and chunk take {format_tokens(widest)} positions, and the "
-                f"model was trained for {format_tokens(shape.max_positions)}; lower memory_tokens or chunk_tokens"
+                f"model was trained for {format_tokens(shape.max_positions or 0)}; lower memory_tokens or chunk_tokens"
             )
         if shape.sliding_layers:
             rest = shape.full_layers
@@ -235,15 +237,18 @@ def plan(
     chosen = resolve_config(config, **options)
     shape, place = _shape_of(model_or_config)
     batch = Batch(prompt_tokens, rows, new_tokens=new_tokens)
-    return plan_shape(shape, batch, chosen, device=device or place, device_bytes=device_bytes)
+    # A loaded model will run here; a config is planned for a machine that has what is asked for.
+    packages = ALL_PACKAGES if place is None else installed_packages()
+    device = device or place or "cuda"
+    return plan_shape(shape, batch, chosen, device=device, device_bytes=device_bytes, packages=packages)
 
 
-def _shape_of(source: Any) -> tuple[ModelShape, str]:
+def _shape_of(source: Any) -> tuple[ModelShape, str | None]:
     if isinstance(source, ModelShape):
-        return source, "cuda"
+        return source, None
     if hasattr(source, "parameters") and hasattr(source, "config"):
         return ModelShape.from_model(source), str(source.device.type)
-    return ModelShape.from_config(source), "cuda"
+    return ModelShape.from_config(source), None
 
 
 def plan_shape(
@@ -253,12 +258,14 @@ def plan_shape(
     *,
     device: str = "cuda",
     device_bytes: int | None = None,
+    packages: Set[str] = ALL_PACKAGES,
 ) -> Plan:
-    """`plan` for a shape, a batch and a complete config."""
+    """`plan` for a shape, a batch and a complete config; `packages` as in `imdc.planner.fit.execution`."""
+    backend, compact = execution(shape, batch, config, device, packages)
     if config.chunk_tokens == "auto":
         limit = limit_bytes(config, device_bytes)
-        config = with_chunk(config, fit_chunk(shape, batch, config, limit, device=device))
-    backend, compact = execution(shape, batch, config, device)
+        chunk = fit_chunk(shape, batch, replace(config, backend=backend), limit, device=device)
+        config = with_chunk(config, chunk)
     steps, footprints, after = foresee(shape, batch, config, (backend, compact))
     return Plan(
         batch=batch,

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from imdc.planner.fit import fit_chunk, least_chunk, limit_bytes, smaller_chunk
 from imdc.prefill.backends import Backend, choose, traits_of
 from imdc.prefill.reader import OnStep, Reader
 from imdc.report import PrefillReport
+from imdc.schedule import compact_positions
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Engine:
         device = self.parts.device()
         backend, _ = self.backend()
         batch = self._batch(cache, prompts, len(unique))
-        chunk, restarts = self._first_chunk(cache, batch, device), 0
+        chunk, restarts = self._first_chunk(cache, batch, backend, device), 0
         while True:
             reader = Reader(
                 self.parts,
@@ -74,10 +75,12 @@ class Engine:
             rows, outputs = [], []
             try:
                 for number, index in enumerate(unique):
-                    row = (
-                        self._new_row(prompts[index]) if cache.is_empty else self._old_row(cache, prompts[index], index)
-                    )
-                    outputs.append(reader.read(row, prompts[index].to(device), number, forward_options))
+                    prompt = prompts[index]
+                    if cache.is_empty:
+                        row = self._new_row(prompt, batch.decoded_tokens)
+                    else:
+                        row = self._old_row(cache, prompt, index)
+                    outputs.append(reader.read(row, prompt.to(device), number, forward_options))
                     rows.append(row)
                 break
             except torch.OutOfMemoryError:
@@ -86,7 +89,7 @@ class Engine:
             # The frames that the error held are gone, and with them their tensors.
             del reader
             rows, outputs = [], []
-            chunk = self._smaller_chunk(chunk, batch, device)
+            chunk = self._smaller_chunk(chunk, batch, backend, device)
             restarts += 1
         # Its workspace would raise the peak of stacking the rows.
         reports = tuple(reader.reports)
@@ -138,13 +141,15 @@ class Engine:
                 raise UnsupportedCallError(f"row {number} of input_ids is all padding: an empty prompt; pass a token")
         return prompts
 
-    def _new_row(self, prompt: Tensor) -> Row:
-        """A row that has read nothing; its own prompt alone decides whether its memory is numbered 0..m-1."""
+    def _new_row(self, prompt: Tensor, new_tokens: int) -> Row:
+        """A row that has read nothing; its own length alone decides whether its memory is numbered 0..m-1."""
         row = Row.empty(len(self.parts.windows))
-        if self.parts.full_layers:
-            beyond = prompt.numel() > self.parts.trained_window
-            row.compact = beyond if self.config.positions == "auto" else self.config.positions == "compact"
+        row.compact = self._compact(prompt.numel(), new_tokens)
         return row
+
+    def _compact(self, end: int, new_tokens: int) -> bool:
+        full = len(self.parts.full_layers)
+        return compact_positions(end, new_tokens, self.parts.trained_window, self.config, full_layers=full)
 
     def _old_row(self, cache: ImdcCache, prompt: Tensor, index: int) -> Row:
         """A row of earlier turns. Where this turn goes beyond the window, "auto" numbers its memory anew from now on.
@@ -155,7 +160,7 @@ class Engine:
         row, window = cache.take_row(index), self.parts.trained_window
         full = self.parts.full_layers
         end = row.position + prompt.numel()
-        if self.config.positions == "auto" and full and not row.compact and end > window:
+        if self.config.positions == "auto" and not row.compact and self._compact(end, 0):
             if row.stored(full[0]) < row.tokens:
                 raise UnsupportedCallError(
                     f"positions='auto' began with original positions and this turn reaches position {end}, the model "
@@ -177,7 +182,7 @@ class Engine:
             stored_bytes=cache.held_bytes(),
         )
 
-    def _first_chunk(self, cache: ImdcCache, batch: Batch, device: torch.device) -> int:
+    def _first_chunk(self, cache: ImdcCache, batch: Batch, backend: Backend, device: torch.device) -> int:
         """The mean chunk: the config's, or the largest that `memory_limit` allows where it asks for "auto"."""
         if isinstance(self.config.chunk_tokens, int):
             return self.config.chunk_tokens
@@ -187,14 +192,16 @@ class Engine:
         shape = ModelShape.from_model(self.parts.model)
         free = _free_bytes(device) if isinstance(self.config.memory_limit, float) else None
         limit = limit_bytes(self.config, None if free is None else free + shape.weights + batch.stored_bytes)
-        return fit_chunk(shape, batch, self.config, limit, device=device.type)
+        config = replace(self.config, backend=backend.name)
+        return fit_chunk(shape, batch, config, limit, device=device.type)
 
-    def _smaller_chunk(self, chunk: int, batch: Batch, device: torch.device) -> int:
+    def _smaller_chunk(self, chunk: int, batch: Batch, backend: Backend, device: torch.device) -> int:
         """The mean chunk to begin again with after running out of memory."""
         shape = ModelShape.from_model(self.parts.model)
         free = _free_bytes(device)
         limit = None if free is None else free + shape.weights + batch.stored_bytes
-        smaller = smaller_chunk(shape, batch, self.config, chunk, limit, device=device.type)
+        config = replace(self.config, backend=backend.name)
+        smaller = smaller_chunk(shape, batch, config, chunk, limit, device=device.type)
         warnings.warn(
             f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {smaller}",
             RuntimeWarning,

@@ -22,7 +22,7 @@ from imdc.prefill.hook import installed, running
 from imdc.prefill.observers import get_observer
 from imdc.prefill.step import StepRun, Workspace
 from imdc.report import StepReport
-from imdc.schedule import Step, tail_rows, widest_step
+from imdc.schedule import Step, tail_rows, window_exceeded
 
 OnStep = Callable[[StepReport], None]
 
@@ -137,8 +137,8 @@ class Reader:
         window = self.parts.trained_window
         rope = getattr(self.parts.config, "rope_parameters", None) or {}
         if row.compact:
-            widest = widest_step(steps, tails)
-            if widest > window:
+            widest = window_exceeded(steps, tails, window)
+            if widest is not None:
                 raise UnsupportedCallError(
                     f"memory and chunk take {widest} positions, the model was trained for {window}; lower "
                     f"memory_tokens={self.config.memory_tokens} or chunk_tokens={self.config.chunk_tokens}"

@@ -11,8 +11,8 @@ from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.model.parts import Parts
 from imdc.prefill.backends import Backend
-from imdc.prefill.observers import Observation, Observer, observing_rows
-from imdc.schedule import Step
+from imdc.prefill.observers import Observation, Observer
+from imdc.schedule import Step, observing_rows
 
 
 class Workspace:

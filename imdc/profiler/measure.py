@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from imdc.config import PrefillConfig
+from imdc.config import UNPATCHED, PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
@@ -35,8 +35,6 @@ from imdc.profiler.allocations import (
 )
 from imdc.report import StepReport
 from imdc.schedule import Step
-
-UNPATCHED = "unpatched"
 
 
 @dataclass(frozen=True, slots=True)
