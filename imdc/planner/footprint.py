@@ -21,8 +21,6 @@ from imdc.planner.batch import Batch, Kept, decoding_bytes, stacking_bytes, wait
 from imdc.planner.layer_bytes import Layers, Phase, Work, phases
 from imdc.schedule import MemoryCost, Step, build_steps, tail_rows
 
-KINDS = ("weights", "memory", "workspace", "activations", "attention", "scoring", "logits")
-
 
 @dataclass(frozen=True, slots=True)
 class StepFootprint:
