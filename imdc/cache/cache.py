@@ -69,10 +69,6 @@ class ImdcCache(Cache):
 
     width: int = 0
 
-    def is_full_attention(self, layer: int) -> bool:
-        """Whether `layer` is compressed (the others are sliding-window layers)."""
-        return isinstance(self.layers[layer], MemoryLayer)
-
     def kv_bytes(self) -> int:
         """Bytes of the stored keys and values over all layers, spare room of the tail not counted."""
         stored = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
