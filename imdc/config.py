@@ -160,15 +160,6 @@ class PrefillConfig:
         tokens = round(start * self.memory_tokens) if isinstance(start, float) else start
         return max(1, tokens, self.sink_tokens + self.recent_tokens)
 
-    @classmethod
-    def from_options(cls, **options: Any) -> PrefillConfig:
-        """A config from keyword options.
-
-        Raises:
-            ConfigError: an option is unknown or its value does not work.
-        """
-        return resolve_config(None, **options)
-
 
 def resolve_config(config: PrefillConfig | None = None, **options: Any) -> PrefillConfig:
     """`config`, or the defaults, with `options` on top.

@@ -69,12 +69,12 @@ def test_errors_are_value_errors() -> None:
 
 def test_unknown_option_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'memory_token'\. Did you mean 'memory_tokens'\?"):
-        PrefillConfig.from_options(memory_token=512)
+        resolve_config(None, memory_token=512)
 
 
 def test_unknown_option_without_a_neighbour_lists_all() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'zzz'\. Options are: schedule, growth") as caught:
-        PrefillConfig.from_options(zzz=1)
+        resolve_config(None, zzz=1)
     assert "Did you mean" not in str(caught.value)
 
 
