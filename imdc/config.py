@@ -17,13 +17,10 @@ UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
 OBSERVERS = ("prompt_tail", "window", "all_queries", "sink_recent", "key_diff", "random")
-LAYER_BUDGETS = ("uniform", "adaptive", "pyramid")
 POSITIONS = ("auto", "original", "compact")
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
-
-_SUPPORTED_LAYER_BUDGETS = ("uniform",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,6 @@ class PrefillConfig:
         pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
         sink_tokens: first tokens of the prompt, always kept.
         recent_tokens: latest tokens read, always kept.
-        layer_budget: "uniform": the same `memory_tokens` in every layer.
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             prompts beyond the trained window), "auto" picks by the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow.
@@ -76,7 +72,6 @@ class PrefillConfig:
     sink_tokens: int = 4
     # A sentence: what was just read is understood by what follows, which no observer has seen yet.
     recent_tokens: int = 32
-    layer_budget: str = "uniform"
     positions: str = "auto"
     decode_tokens: int | None = None
     backend: str = "auto"
@@ -94,11 +89,6 @@ class PrefillConfig:
             )
         if self.decode_tokens is not None:
             _check_int("decode_tokens", self.decode_tokens, 1)
-        if self.layer_budget not in _SUPPORTED_LAYER_BUDGETS:
-            raise ConfigError(
-                f"layer_budget={self.layer_budget!r} is not implemented yet; "
-                f"use one of {', '.join(map(repr, _SUPPORTED_LAYER_BUDGETS))}"
-            )
         self._check_memory()
         self._check_chunk()
 
@@ -189,7 +179,6 @@ CHOICES: dict[str, Sequence[str]] = {
     "growth": GROWTHS,
     "balance": BALANCES,
     "observer": OBSERVERS,
-    "layer_budget": LAYER_BUDGETS,
     "positions": POSITIONS,
     "backend": BACKENDS,
 }

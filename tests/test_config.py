@@ -29,8 +29,6 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"observer": "prompttail"}, r"observer .*Did you mean 'prompt_tail'"),
         ({"positions": "compacted"}, r"positions .*Did you mean 'compact'"),
         ({"backend": "tritn"}, r"backend .*Did you mean 'triton'"),
-        ({"layer_budget": "pyramid"}, r"layer_budget='pyramid' is not implemented yet; use one of 'uniform'"),
-        ({"layer_budget": "pyramids"}, r"layer_budget .*Did you mean 'pyramid'"),
         ({"memory_tokens": 0}, r"memory_tokens must be at least 1, got 0"),
         ({"memory_tokens": -5}, r"memory_tokens must be at least 1, got -5"),
         ({"memory_tokens": 512.0}, r"memory_tokens must be an int, got 512.0 of type float"),
@@ -104,7 +102,7 @@ def test_first_memory_in_tokens(options: dict[str, Any], tokens: int) -> None:
 def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
-        "observation_tokens", "pool_kernel", "sink_tokens", "recent_tokens", "layer_budget", "positions",
+        "observation_tokens", "pool_kernel", "sink_tokens", "recent_tokens", "positions",
         "decode_tokens", "backend",
     )  # fmt: skip
 
