@@ -24,19 +24,35 @@ _SHOWN_STEPS = 24
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """One step of a plan: what `Step` says, and the predicted footprint."""
+    """One step of a plan, and the predicted footprint."""
 
-    index: int
-    start: int
-    chunk_tokens: int
-    memory_before: int
-    memory_after: int
+    step: Step
     footprint: StepFootprint
 
     @property
-    def step(self) -> Step:
-        """The step without its footprint."""
-        return Step(self.index, self.start, self.chunk_tokens, self.memory_before, self.memory_after)
+    def index(self) -> int:
+        """Number of the step."""
+        return self.step.index
+
+    @property
+    def start(self) -> int:
+        """First prompt token read."""
+        return self.step.start
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens read."""
+        return self.step.chunk_tokens
+
+    @property
+    def memory_before(self) -> int:
+        """KV pairs that they are read against."""
+        return self.step.memory_before
+
+    @property
+    def memory_after(self) -> int:
+        """KV pairs kept."""
+        return self.step.memory_after
 
     @property
     def predicted_bytes(self) -> int:
@@ -101,7 +117,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain numbers and strings, for JSON; sizes in bytes."""
-        steps = [{**asdict(step), "predicted_bytes": step.predicted_bytes} for step in self.steps]
+        steps = [
+            {**asdict(one.step), "footprint": asdict(one.footprint), "predicted_bytes": one.predicted_bytes}
+            for one in self.steps
+        ]
         return {
             "prompt_tokens": self.prompt_tokens,
             "rows": self.batch.rows,
@@ -271,13 +290,9 @@ def plan_shape(
         batch=batch,
         config=config,
         shape=shape,
-        steps=tuple(_planned(step, footprint) for step, footprint in zip(steps, footprints, strict=True)),
+        steps=tuple(PlannedStep(step, footprint) for step, footprint in zip(steps, footprints, strict=True)),
         after=after,
         backend=backend,
         compact=compact,
         unpatched=predict_unpatched(shape, batch),
     )
-
-
-def _planned(step: Step, footprint: StepFootprint) -> PlannedStep:
-    return PlannedStep(step.index, step.start, step.chunk_tokens, step.memory_before, step.memory_after, footprint)

@@ -176,16 +176,7 @@ def measure(
         cache = handle.new_cache()
         model(input_ids, past_key_values=cache, logits_to_keep=1)
     assert handle.report is not None, "the prefill has run"
-    steps = [
-        Step(
-            report.index,
-            report.tokens_read - report.chunk_tokens,
-            report.chunk_tokens,
-            report.memory_before,
-            report.memory_after,
-        )
-        for report in reports
-    ]
+    steps = [report.step for report in reports]
     shape = ModelShape.from_model(model)
     predicted = predict(shape, config, steps, backend=handle.report.backend, compact=bool(cache.compact))
     return MeasuredPrefill(
