@@ -177,7 +177,8 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
 def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> dict[str, float]:
     """Milliseconds of a layer's whole step under every backend, and under "auto" those of the one it takes."""
     from imdc.errors import ConfigError
-    from imdc.prefill.backends import AttentionTraits, Backend, choose
+    from imdc.model.backend_rule import AttentionTraits
+    from imdc.prefill.backends import Backend, choose
 
     options: dict[str, Any] = {"scale": SCALE, "rows": OBSERVERS, "pool_kernel": POOL}
 
@@ -188,7 +189,7 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
         indices = backend.select(backend.key_mass(q, k, lse, **options), keep, sink_tokens=4)
         return out, *backend.compact(k, v, indices), indices
 
-    traits = AttentionTraits(q.device.type, q.dtype, DIM, softcap=False)
+    traits = AttentionTraits(q.device.type, str(q.dtype).removeprefix("torch."), DIM, softcap=False)
     auto, memory = choose("auto", traits)[0], k.shape[2] - CHUNK
     wrong = differs_from(step(auto)[0])
     taken: dict[str, float] = {}

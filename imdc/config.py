@@ -12,14 +12,15 @@ from typing import Any
 from imdc.errors import ConfigError, did_you_mean
 
 SCHEDULES = ("imdc", "im", "fm", "full")
+# The model's own prefill, where it stands beside the schedules.
+UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
 OBSERVERS = ("prompt_tail", "window", "all_queries", "sink_recent", "key_diff", "random")
-LAYER_BUDGETS = ("uniform", "adaptive", "pyramid")
 POSITIONS = ("auto", "original", "compact")
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
-
-_SUPPORTED_LAYER_BUDGETS = ("uniform",)
+# Decoding appends to a layer one KV pair at a time; room is made for this many at once.
+TAIL_BLOCK = 128
 
 
 class DefaultSize(int):
@@ -56,7 +57,6 @@ class PrefillConfig:
         pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
-        layer_budget: "uniform": the same `memory_tokens` in every layer.
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
@@ -85,14 +85,13 @@ class PrefillConfig:
     # About one sentence. The newest tokens are retained whatever their score: no later query has had a chance to attend
     # to them.
     recent_tokens: int = 32
-    layer_budget: str = "uniform"
     positions: str = "auto"
     decode_tokens: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         for name, least in _LEAST.items():
             _check_int(name, getattr(self, name), least)
@@ -103,11 +102,6 @@ class PrefillConfig:
             )
         if self.decode_tokens is not None:
             _check_int("decode_tokens", self.decode_tokens, 1)
-        if self.layer_budget not in _SUPPORTED_LAYER_BUDGETS:
-            raise ConfigError(
-                f"layer_budget={self.layer_budget!r} is not implemented yet; "
-                f"use one of {', '.join(map(repr, _SUPPORTED_LAYER_BUDGETS))}"
-            )
         self._check_memory()
         self._check_chunk()
 
@@ -169,15 +163,6 @@ class PrefillConfig:
         tokens = round(start * self.memory_tokens) if isinstance(start, float) else start
         return max(1, tokens, self.sink_tokens + self.recent_tokens)
 
-    @classmethod
-    def from_options(cls, **options: Any) -> PrefillConfig:
-        """A config from keyword options.
-
-        Raises:
-            ConfigError: an option is unknown or its value does not work.
-        """
-        return resolve_config(None, **options)
-
 
 def resolve_config(config: PrefillConfig | None = None, **options: Any) -> PrefillConfig:
     """`config`, or the defaults, with `options` on top.
@@ -202,12 +187,11 @@ def option_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(PrefillConfig))
 
 
-_CHOICES: dict[str, Sequence[str]] = {
+CHOICES: dict[str, Sequence[str]] = {
     "schedule": SCHEDULES,
     "growth": GROWTHS,
     "balance": BALANCES,
     "observer": OBSERVERS,
-    "layer_budget": LAYER_BUDGETS,
     "positions": POSITIONS,
     "backend": BACKENDS,
 }

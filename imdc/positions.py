@@ -13,10 +13,11 @@ other, and an answer that has filled its room is compressed like one that has re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from imdc.config import DefaultSize, PrefillConfig
-from imdc.schedule import least_first_chunk
+from imdc.schedule import Step, least_first_chunk
 
 # An answer is compressed after so many tokens at the earliest: more often, it would hardly get on. It is also more
 # than assisted decoding usually drafts at once.
@@ -32,6 +33,31 @@ def last_position(start: int, prompt_tokens: int, new_tokens: int | None) -> int
         new_tokens: tokens that will be generated at most; None where that is not known.
     """
     return start + prompt_tokens + max(0, (new_tokens or 1) - 1)
+
+
+def compact_positions(
+    start: int, prompt_tokens: int, new_tokens: int | None, window: int | None, config: PrefillConfig, full_layers: int
+) -> bool:
+    """Whether the memory of a text is numbered anew at every step, as its options and length ask.
+
+    Args:
+        start: positions taken before.
+        prompt_tokens: tokens to read.
+        new_tokens: tokens that will be generated at most; None where that is not known.
+        window: positions that the model was trained for; None where its config does not say.
+        config: the options.
+        full_layers: layers that keep a memory; without one there is nothing to number.
+    """
+    if not full_layers or config.positions == "original":
+        return False
+    if config.positions == "compact":
+        return True
+    return window is not None and last_position(start, prompt_tokens, new_tokens) > window
+
+
+def widest_step(steps: Sequence[Step], tails: Sequence[int]) -> int:
+    """Positions that the widest step takes with compact positions: memory, chunk and tail rows."""
+    return max(step.attended_tokens + tail for step, tail in zip(steps, tails, strict=True))
 
 
 def fitted(config: PrefillConfig, window: int | None) -> PrefillConfig:

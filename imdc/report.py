@@ -8,27 +8,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
+from imdc.schedule import Step
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step of one prompt row: `chunk_tokens` read against `memory_before` KV pairs, `memory_after` kept.
+    """One step of one prompt row: `step` as planned, and what it took.
 
-    `retention` holds per layer the share of the memory before the step, 0 to 1 and averaged over KV heads, that
-    survived it (the IMDC paper's retention ratio); None in sliding-window layers and where there was no memory yet.
+    Attributes:
+        row: number of the row among those that were read.
+        step: chunk and memory.
+        step_count: steps of the row.
+        prompt_tokens: tokens of the row.
+        seconds: wall-clock time.
+        kv_bytes: bytes of the memory of all rows read so far.
+        retention: per layer the share of the memory before the step, 0 to 1 and averaged over KV heads, that survived
+            it (the IMDC paper's retention ratio); None in sliding-window layers and where there was no memory yet.
     """
 
     row: int
-    index: int
+    step: Step
     step_count: int
     prompt_tokens: int
-    tokens_read: int
-    chunk_tokens: int
-    memory_before: int
-    memory_after: int
     seconds: float
     kv_bytes: int
     retention: tuple[float | None, ...]
+
+    @property
+    def index(self) -> int:
+        """Number of the step in its row."""
+        return self.step.index
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens read."""
+        return self.step.chunk_tokens
+
+    @property
+    def memory_before(self) -> int:
+        """KV pairs that they were read against."""
+        return self.step.memory_before
+
+    @property
+    def memory_after(self) -> int:
+        """KV pairs kept."""
+        return self.step.memory_after
+
+    @property
+    def tokens_read(self) -> int:
+        """Prompt tokens of the row read so far."""
+        return self.step.start + self.step.chunk_tokens
 
     @property
     def tokens_per_second(self) -> float:

@@ -87,9 +87,18 @@ def tail_rows(steps: Sequence[Step], config: PrefillConfig, *, full_layers: int)
     return [rows if step is not steps[-1] and step.memory_after < step.attended_tokens else 0 for step in steps]
 
 
-def widest_step(steps: Sequence[Step], tails: Sequence[int]) -> int:
-    """Positions that the widest step takes with compact positions: memory, chunk and tail rows."""
-    return max(step.attended_tokens + tail for step, tail in zip(steps, tails, strict=True))
+def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
+    """How many of a step's last queries vote by their attention; None for observers that score without queries.
+
+    Tail rows ride along for "prompt_tail" alone, but for all of them while an answer is compressed.
+    """
+    if config.observer == "all_queries":
+        return chunk_tokens + tail_rows
+    if config.observer == "prompt_tail" and tail_rows:
+        return tail_rows
+    if config.observer in ("prompt_tail", "window"):
+        return min(config.observation_tokens, chunk_tokens) + tail_rows
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -12,11 +13,16 @@ from kernel_cases import DEVICE
 from tiny_models import FAMILIES, greedy
 
 import imdc
+from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
-from imdc.prefill.backends import REFERENCE, SDPA, AttentionTraits, choose
-from imdc.prefill.flash import find_flash, flash_attention
+from imdc.model.backend_rule import ALL_PACKAGES, MAX_HEAD_SIZE, AttentionTraits, choose_backend, find_flash
+from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
+from imdc.planner.plan import plan_shape
+from imdc.prefill.backends import REFERENCE, SDPA, choose
+from imdc.prefill.flash import flash_attention
 
-CPU = AttentionTraits(device_type="cpu", dtype=torch.bfloat16, head_dim=64, softcap=False)
+CPU = AttentionTraits(device_type="cpu", dtype="bfloat16", head_dim=64, softcap=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,18 +70,54 @@ def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, positi
 
 def test_auto_takes_sdpa_on_a_cpu_and_the_reference_where_logits_are_capped() -> None:
     assert choose("auto", CPU)[0].name == "sdpa"
-    capped = AttentionTraits("cpu", torch.bfloat16, 64, softcap=True)
+    capped = AttentionTraits("cpu", "bfloat16", 64, softcap=True)
     backend, why = choose("auto", capped)
     assert backend.name == "reference"
     assert "not sdpa: it cannot cap logits" in why
 
 
-def test_auto_takes_triton_on_a_gpu_and_says_why_not_for_odd_head_sizes() -> None:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    assert choose("auto", AttentionTraits("cuda", torch.bfloat16, 128, False))[0].name == "triton"
-    backend, why = choose("auto", AttentionTraits("cuda", torch.bfloat16, 80, False))
-    assert backend.name == "sdpa"
-    assert "head size 80" in why
+def test_auto_takes_triton_on_a_gpu_and_says_why_not() -> None:
+    for head_dim in (64, 80, 128, 256):
+        traits = AttentionTraits("cuda", "bfloat16", head_dim, False)
+        assert choose_backend("auto", traits, ALL_PACKAGES)[0] == "triton"
+    backend, why = choose_backend("auto", AttentionTraits("cuda", "bfloat16", 320, False), ALL_PACKAGES)
+    assert backend == "sdpa"
+    assert "head size 320" in why
+    backend, why = choose_backend("auto", AttentionTraits("cuda", "bfloat16", 80, False), frozenset())
+    assert backend == "sdpa"
+    assert "triton is not installed" in why
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_devices_without_fused_operators_take_the_reference(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    traits = AttentionTraits(device, "float16", 64, False)
+    backend, why = choose_backend("auto", traits, ALL_PACKAGES)
+    assert backend == "reference"
+    assert f"not sdpa: PyTorch's operators that return the log-sum-exp are for cpu and cuda, not {device}" in why
+    with pytest.raises(ConfigError, match=r"backend='sdpa' cannot be used: .* one of \['reference'\]"):
+        choose_backend("sdpa", traits, ALL_PACKAGES)
+
+
+def test_the_rule_knows_the_limits_of_the_kernels() -> None:
+    launch = pytest.importorskip("imdc.kernels._launch", reason="the package triton is not installed")
+    assert MAX_HEAD_SIZE == launch.MAX_HEAD_SIZE
+
+
+@pytest.mark.parametrize("head_dim", [80, 320])
+@pytest.mark.parametrize("packages", [ALL_PACKAGES, frozenset()])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_plan_has_the_backend_of_the_engine(device: str, packages: frozenset[str], head_dim: int) -> None:
+    shape = replace(ModelShape.from_config(FAMILIES["llama"]().config), head_dim=head_dim, dtype="bfloat16")
+    traits = AttentionTraits(device, "bfloat16", head_dim, False)
+    made = plan_shape(shape, Batch(1000), PrefillConfig(), device=device, packages=packages)
+    assert made.backend == choose_backend("auto", traits, packages)[0]
+
+
+def test_a_plan_refuses_the_backend_that_the_engine_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match="backend='triton' cannot be used: its kernels need a CUDA device"):
+        imdc.plan(FAMILIES["llama"](), 100, backend="triton")
 
 
 def test_a_backend_that_cannot_serve_says_what_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from imdc.cli.answer import FirstToken
 from imdc.cli.demo import reference_text
 from imdc.cli.generate import compute
 from imdc.cli.main import COMMANDS, build_parser, main
-from imdc.cli.measure import FirstToken, PeakMemory
 from imdc.cli.options import config_from
 from imdc.config import PrefillConfig
+from imdc.profiler.allocations import PeakMemory
 
 SENTENCE = "It was a bright cold day in April. "
 SMALL = ["--memory-tokens", "64", "--chunk-tokens", "40", "--max-new-tokens", "8"]
@@ -251,6 +252,13 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         del block
     assert peak.bytes is not None
     assert 0.9 * 64 * 2**20 < peak.bytes < 2 * 64 * 2**20
+
+
+def test_a_peak_that_cannot_be_reset_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imdc.profiler.allocations.reset_peak_resident", lambda: False)
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.ones(10)
+    assert peak.bytes is None
 
 
 def test_reference_text_is_long_prose() -> None:

@@ -29,8 +29,6 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"observer": "prompttail"}, r"observer .*Did you mean 'prompt_tail'"),
         ({"positions": "compacted"}, r"positions .*Did you mean 'compact'"),
         ({"backend": "tritn"}, r"backend .*Did you mean 'triton'"),
-        ({"layer_budget": "pyramid"}, r"layer_budget='pyramid' is not implemented yet; use one of 'uniform'"),
-        ({"layer_budget": "pyramids"}, r"layer_budget .*Did you mean 'pyramid'"),
         ({"memory_tokens": 0}, r"memory_tokens must be at least 1, got 0"),
         ({"memory_tokens": -5}, r"memory_tokens must be at least 1, got -5"),
         ({"memory_tokens": 512.0}, r"memory_tokens must be an int, got 512.0 of type float"),
@@ -69,12 +67,12 @@ def test_errors_are_value_errors() -> None:
 
 def test_unknown_option_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'memory_token'\. Did you mean 'memory_tokens'\?"):
-        PrefillConfig.from_options(memory_token=512)
+        resolve_config(None, memory_token=512)
 
 
 def test_unknown_option_without_a_neighbour_lists_all() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'zzz'\. Options are: schedule, growth") as caught:
-        PrefillConfig.from_options(zzz=1)
+        resolve_config(None, zzz=1)
     assert "Did you mean" not in str(caught.value)
 
 
@@ -104,7 +102,7 @@ def test_first_memory_in_tokens(options: dict[str, Any], tokens: int) -> None:
 def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
-        "observation_tokens", "pool_kernel", "sink_tokens", "recent_tokens", "layer_budget", "positions",
+        "observation_tokens", "pool_kernel", "sink_tokens", "recent_tokens", "positions",
         "decode_tokens", "backend",
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imdc.config import PrefillConfig
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.footprint import balanced_steps, memory_cost, predict, predict_unpatched
 from imdc.profiler.measure import measure, measure_unpatched
 from imdc.schedule import attention_pairs, build_steps
@@ -163,7 +164,7 @@ def test_moved_bytes_are_those_of_the_weights_that_are_touched() -> None:
 
 
 def test_unpatched_peak_holds_the_whole_cache() -> None:
-    step = predict_unpatched(LLAMA_8B, 100_000)
+    step = predict_unpatched(LLAMA_8B, Batch(100_000))
     assert step.memory == 100_000 * LLAMA_8B.layers * LLAMA_8B.kv_bytes_per_token
     assert step.workspace < 100_000 * 1000
     assert step.total_bytes == step.weights + step.above_weights
@@ -194,3 +195,11 @@ def test_prediction_is_the_measured_peak_of_smollm2(smollm2: Any, data_dir: Any,
     assert ids.shape[1] == 4096
     measured = measure(model, ids, PrefillConfig(chunk_tokens=chunk, memory_tokens=memory))
     assert measured.error == pytest.approx(0.0, abs=0.01)
+
+
+def test_score_blocks_are_those_of_the_reference_kernels() -> None:
+    from imdc.kernels import reference
+
+    from imdc.planner import layer_bytes
+
+    assert layer_bytes._SCORE_BLOCK == reference._BLOCK_ELEMENTS

@@ -16,7 +16,14 @@ MAX_LINES = 300
 
 # Rooms and their floors; "" is the root of the package, what all rooms share.
 FLOORS = {"kernels": 0, "": 1, "model": 2, "cache": 3, "planner": 3, "prefill": 4, "profiler": 5, "cli": 6}
-NO_TORCH = ("", "planner", "imdc.model.families", "imdc.model.shape", "imdc.model.config_file")
+NO_TORCH = (
+    "",
+    "planner",
+    "imdc.model.backend_rule",
+    "imdc.model.families",
+    "imdc.model.shape",
+    "imdc.model.config_file",
+)
 
 
 def sources() -> dict[str, Path]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from imdc import loading
+from imdc.model import loading
 from imdc.model.loading import LoadError, cache_dir, find_smollm2_gguf, load_model
 
 needs_smollm2 = pytest.mark.skipif(find_smollm2_gguf() is None, reason=f"needs {loading.SMOLLM2_INSTALL}")

@@ -19,11 +19,10 @@ import imdc.cli.plan as command
 from imdc.cli.main import build_parser, main
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
-from imdc.model.config_defaults import SUPPORTED
 from imdc.model.config_file import read_config
-from imdc.model.families import FAMILIES as SUPPORTED_FAMILIES
 from imdc.model.loading import find_smollm2_gguf
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.fit import fit_chunk, largest_within, peak_bytes
 from imdc.planner.gpus import GPUS
 from imdc.planner.plan import plan
@@ -110,7 +109,7 @@ def test_auto_takes_the_largest_chunk_within_the_limit() -> None:
     made = plan(shape, 200_000, chunk_tokens="auto", memory_limit=limit)
     chunk = int(made.config.chunk_tokens)
     assert made.peak_bytes <= limit
-    assert peak_bytes(shape, 200_000, PrefillConfig(chunk_tokens=round(chunk * 1.1)), "cuda") > limit
+    assert peak_bytes(shape, Batch(200_000), PrefillConfig(chunk_tokens=round(chunk * 1.1)), "cuda") > limit
     share = plan(shape, 200_000, chunk_tokens="auto", memory_limit=0.5, device_bytes=2 * limit)
     assert share.config.chunk_tokens == chunk
 
@@ -118,7 +117,7 @@ def test_auto_takes_the_largest_chunk_within_the_limit() -> None:
 def test_auto_refuses_what_cannot_fit() -> None:
     shape = ModelShape.from_config(SimpleNamespace(**LLAMA_8B))
     with pytest.raises(ConfigError, match=r"a limit of 15\.1 GiB is too small: it needs at least 15\.\d GiB"):
-        fit_chunk(shape, 200_000, PrefillConfig(chunk_tokens="auto", memory_limit=1), int(15.1 * GIB))
+        fit_chunk(shape, Batch(200_000), PrefillConfig(chunk_tokens="auto", memory_limit=1), int(15.1 * GIB))
     with pytest.raises(ConfigError, match=r"memory_limit=0\.5 is a share of the device"):
         plan(shape, 1000, chunk_tokens="auto", memory_limit=0.5)
 
@@ -204,7 +203,6 @@ def test_plan_says_where_patch_refuses_positions() -> None:
 
 
 def test_plan_says_what_patch_does_not_support() -> None:
-    assert set(SUPPORTED) == set(SUPPORTED_FAMILIES)
     sizes = {"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
     made = plan(SimpleNamespace(model_type="gpt2", **sizes), 1000)
     assert made.shape.intermediate == 3072
@@ -255,11 +253,11 @@ def test_solved_prompt_leaves_no_shorter_one_that_does_not_fit(config_json: str)
     config = PrefillConfig(memory_tokens=256, chunk_tokens=3000)
     shape = ModelShape.from_config(SimpleNamespace(**LLAMA_8B))
     for length in (2900, 36_000):
-        limit = peak_bytes(shape, length, config, "cuda")
+        limit = peak_bytes(shape, Batch(length), config, "cuda")
         found = compute("--config-json", config_json, "--gpu", f"{limit}B", "--solve", "prompt", *sizes)
         for shorter in range(100, found.plan.prompt_tokens + 1, 100):
-            assert peak_bytes(shape, shorter, config, "cuda") <= limit, (length, shorter)
-        assert peak_bytes(shape, found.plan.prompt_tokens + 1, config, "cuda") > limit
+            assert peak_bytes(shape, Batch(shorter), config, "cuda") <= limit, (length, shorter)
+        assert peak_bytes(shape, Batch(found.plan.prompt_tokens + 1), config, "cuda") > limit
 
 
 def test_command_finds_no_bound_for_a_bounded_prompt(config_json: str) -> None:
@@ -394,3 +392,31 @@ def test_command_answers_within_two_seconds_and_without_torch(config_json: str) 
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 2.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_sees_the_windows_and_the_context_length_that_the_engine_uses(family: str) -> None:
+    from imdc.model.parts import Parts
+
+    model = FAMILIES[family]()
+    parts, shape = Parts.of(model), ModelShape.from_config(model.config)
+    assert shape.full_layers == len(parts.full_layers)
+    assert {shape.window} == {window for window in parts.windows if window is not None} or not shape.sliding_layers
+    assert shape.max_positions == parts.trained_window
+
+
+def test_a_window_that_transformers_gives_another_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imdc.model.parts import Parts
+
+    model = FAMILIES["gemma3"]()
+    monkeypatch.setattr("imdc.model.parts.layer_windows", lambda config, layers: (None,) * layers)
+    with pytest.raises(UnsupportedModelError, match="layer 0 .* has a window of 24 in transformers' cache and of None"):
+        Parts.of(model)
+
+
+def test_rows_describe_kin_and_no_more() -> None:
+    from imdc.model.families import describe
+
+    assert describe("qwen3_next").qk_norm and describe("gemma3n_text").norms == 4
+    assert describe("phimoe").gated and not describe("phi").gated
+    assert describe("no_such_model").title == ""

@@ -24,6 +24,7 @@ from imdc.cli.report_page import page
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.fit import peak_bytes
 from imdc.prefill.patch import patch
 from imdc.profiler.allocations import (
@@ -223,8 +224,8 @@ def test_predicted_savings_are_those_of_the_planner() -> None:
     savings = command.predicted_savings(shape, 10_000, CONFIG, "cpu")
     assert list(savings) == list(command.RATIOS)
     config = replace(CONFIG, memory_tokens=180)
-    fm = peak_bytes(shape, 10_000, replace(config, schedule="fm"), "cpu") - shape.weights
-    imdc = peak_bytes(shape, 10_000, config, "cpu") - shape.weights
+    fm = peak_bytes(shape, Batch(10_000), replace(config, schedule="fm"), "cpu") - shape.weights
+    imdc = peak_bytes(shape, Batch(10_000), config, "cpu") - shape.weights
     assert savings[1.8] == pytest.approx(1 - imdc / fm)
     assert list(command.predicted_savings(shape, 150, CONFIG, "cpu")) == [0.5, 1.0]
 

@@ -96,6 +96,11 @@ class ImdcCache(hf.Cache):
         stored = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
         return sum(x.nbytes for x in stored)
 
+    def held_bytes(self) -> int:
+        """Bytes of the tensors behind the stored keys and values, spare room included."""
+        stored = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(x.untyped_storage().nbytes() for x in stored)
+
     def stored_tokens(self) -> int:
         """KV pairs stored per KV head in the fullest compressed layer."""
         return max((layer.stored for layer in self.layers if isinstance(layer, MemoryLayer)), default=0)

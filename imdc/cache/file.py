@@ -1,9 +1,9 @@
 """Keep a prefilled cache on disk: read a document once, ask about it later, in any process.
 
 One safetensors file, never pickle. Tensors are `layers.<n>.keys` and `layers.<n>.values` [B, Hkv, stored, D]. The
-header holds `imdc`, a JSON text with everything else (the model's facts, samples of its weights, the state of rows and
-layers), and `sha256`, the checksum of that text and of all tensors. The checksum finds damage, not forgery: it is no
-signature.
+header holds `imdc`, a JSON text with everything else (the model's facts, samples of its weights, settings of its
+adapters, the state of rows and layers), and `sha256`, the checksum of that text and of all tensors. The checksum finds
+damage, not forgery: it is no signature.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 import warnings
 import weakref
@@ -34,6 +35,8 @@ from imdc.model.parts import Parts
 _FORMAT = 2
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
+# What torch.compile and FSDP put into the names of what they wrap.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
 _ROW_FIELDS = ("tokens", "position", "padding", "compact", "question")
 
 
@@ -65,6 +68,7 @@ def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
             "imdc": __version__,
             "model": _facts(Parts.of(model)),
             "weights": _weight_samples(model),
+            "adapters": _adapter_settings(model),
             "cache": {"phase": cache.phase, "width": cache.width},
             "rows": {name: getattr(cache.rows, name).tolist() for name in _ROW_FIELDS},
             "layers": [_layer_state(layer) for layer in cache.layers],
@@ -86,7 +90,8 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCach
 
     Args:
         path: a file of `save_cache`.
-        model: the model that filled the cache, patched or not; its weights, dtype and config must be the same.
+        model: the model that filled the cache, patched or not; its weights, adapters, dtype and config must be the
+            same.
 
     Raises:
         CacheMismatchError: the file is truncated, altered or no imdc cache, or another model filled it; the message
@@ -184,14 +189,16 @@ def _facts(parts: Parts) -> dict[str, Any]:
     return result
 
 
-def _weight_samples(model: PreTrainedModel) -> dict[str, str]:
-    """Parameter name to a digest of some elements; without weights that are offloaded or packed by a library."""
-    samples: dict[str, str] = {}
+def _weight_samples(model: PreTrainedModel) -> dict[str, str | None]:
+    """Parameter name to a digest of some elements; None for weights that are offloaded or packed by a library."""
+    samples: dict[str, str | None] = {}
     for name, parameter in model.named_parameters():
+        name = _plain_name(name)
         weight: Any = parameter.detach()
         if hasattr(weight, "to_local"):
             weight = weight.to_local()
         if weight.is_meta or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            samples[name] = None
             continue
         flat = weight.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
@@ -199,29 +206,83 @@ def _weight_samples(model: PreTrainedModel) -> dict[str, str]:
     return samples
 
 
+def _adapter_settings(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Module name to class and plain attributes, of modules that neither torch nor transformers defines.
+
+    Adapters are such modules. Their weights say nothing of a scaling, or of an adapter that is switched off; numbers,
+    texts and lists or dicts of these are compared for that.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] in ("torch", "transformers"):
+            continue
+        own = {key: value for key, value in vars(module).items() if key != "training" and not key.startswith("_")}
+        # Properties of a PEFT layer, whose attributes behind them are private.
+        own |= {key: getattr(module, key) for key in ("active_adapters", "disable_adapters") if hasattr(module, key)}
+        own = {key: value for key, value in own.items() if _is_plain(value)}
+        settings[_plain_name(name)] = {"class": type(module).__qualname__, **own}
+    result: dict[str, dict[str, Any]] = json.loads(json.dumps(settings))
+    return result
+
+
+def _plain_name(name: str) -> str:
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _compare(path: Path, state: dict[str, Any], parts: Parts) -> None:
-    here = _facts(parts)
-    saved = state["model"]
-    differences = [
+    differences = _entries_that_differ(state["model"], _facts(parts))
+    if not differences:
+        differences = _weights_that_differ(path, state["weights"], _weight_samples(parts.model))
+        differences += _adapters_that_differ(state["adapters"], _adapter_settings(parts.model))
+    if differences:
+        raise CacheMismatchError(
+            f"{os.fspath(path)!r} was filled by another model: {'; '.join(differences)}. "
+            f"Load the model that filled it, with its adapters as they were, or read the prompt again"
+        )
+
+
+def _entries_that_differ(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
         f"{name} is {saved.get(name)!r} in the file, {here.get(name)!r} here"
         for name in dict.fromkeys((*saved, *here))
         if saved.get(name) != here.get(name)
     ]
-    if not differences:
-        ours, theirs = _weight_samples(parts.model), state["weights"]
-        common = [name for name in theirs if name in ours]
-        other = [name for name in common if ours[name] != theirs[name]]
-        if other:
-            differences.append(f"{len(other)} of {len(common)} weights differ, the first is {other[0]}")
-        elif not common:
-            warnings.warn(
-                f"imdc: no weight of the model can be read here (all are offloaded or packed), so "
-                f"{os.fspath(path)!r} was compared with its config only",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    if differences:
-        raise CacheMismatchError(
-            f"{os.fspath(path)!r} was filled by another model: {'; '.join(differences)}. "
-            f"Load the model that filled it, or read the prompt again"
+
+
+def _weights_that_differ(path: Path, saved: dict[str, str | None], here: dict[str, str | None]) -> list[str]:
+    differences = []
+    for names, place in (
+        ([name for name in saved if name not in here], "the file only"),
+        ([name for name in here if name not in saved], "this model only"),
+    ):
+        if names:
+            differences.append(f"{len(names)} weights are in {place}, the first is {names[0]}")
+    readable = [name for name in saved if saved[name] is not None and here.get(name) is not None]
+    other = [name for name in readable if saved[name] != here[name]]
+    if other:
+        differences.append(f"{len(other)} of {len(readable)} weights differ, the first is {other[0]}")
+    elif not readable and not differences:
+        warnings.warn(
+            f"imdc: no weight of the model can be read here (all are offloaded or packed), so "
+            f"{os.fspath(path)!r} was compared with its config only",
+            RuntimeWarning,
+            stacklevel=4,
         )
+    return differences
+
+
+def _adapters_that_differ(saved: dict[str, dict[str, Any]], here: dict[str, dict[str, Any]]) -> list[str]:
+    other = [name for name in dict.fromkeys((*saved, *here)) if saved.get(name) != here.get(name)]
+    if not other:
+        return []
+    first = other[0]
+    entries = ", ".join(_entries_that_differ(saved.get(first, {}), here.get(first, {})))
+    return [f"settings of {len(other)} modules differ, the first is {first} ({entries})"]

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imdc.config import TAIL_BLOCK
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 
 # What a layer held at one moment: tokens stored and seen, and the tail; or the window's tensors and tokens seen.
 Mark = tuple[Any, ...]
-
-# Decoding appends one KV pair at a time; room is made for this many at once.
-_TAIL_BLOCK = 128
 
 
 class MemoryLayer(hf.CacheLayerMixin):
@@ -78,8 +76,8 @@ class MemoryLayer(hf.CacheLayerMixin):
     @staticmethod
     def _roomier(states: Tensor, count: int) -> Tensor:
         length = states.shape[2]
-        blocks = -(-count // _TAIL_BLOCK)
-        buffer = states.new_empty(*states.shape[:2], length + blocks * _TAIL_BLOCK, states.shape[3])
+        blocks = -(-count // TAIL_BLOCK)
+        buffer = states.new_empty(*states.shape[:2], length + blocks * TAIL_BLOCK, states.shape[3])
         buffer[:, :, :length] = states
         return buffer
 

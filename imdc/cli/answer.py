@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imdc.cli.measure import FirstToken, PeakMemory
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 
@@ -76,6 +75,28 @@ class Reading:
                 for step in self.report.steps
             ]
         return values
+
+
+class FirstToken:
+    """A streamer for generate() that notes when the first new token comes out.
+
+    `seconds` counts from the moment the object is made; None before the first token.
+    """
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self.seconds: float | None = None
+        self._prompt_seen = False
+        self._began = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        """Called by generate() with the prompt, then with every new token."""
+        if self._prompt_seen and self.seconds is None:
+            self.seconds = time.perf_counter() - self._began
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called by generate() at its end."""
 
 
 def read_document(path: str) -> str:
@@ -170,6 +191,7 @@ def answer(
     import torch
 
     import imdc
+    from imdc.profiler.allocations import PeakMemory
 
     input_ids = torch.tensor([ids], device=model.device)
     handle = imdc.patch(model, config, on_step=on_step) if config is not None else None

@@ -8,21 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from imdc import config as config_module
-from imdc.config import PrefillConfig, resolve_config
+from imdc.config import CHOICES, PrefillConfig, resolve_config
 from imdc.errors import ConfigError
 from imdc.units import parse_bytes, parse_tokens
 
 _PREFIX = "config_"
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": config_module.SCHEDULES,
-    "growth": config_module.GROWTHS,
-    "balance": config_module.BALANCES,
-    "observer": config_module.OBSERVERS,
-    "layer_budget": config_module.LAYER_BUDGETS,
-    "positions": config_module.POSITIONS,
-    "backend": config_module.BACKENDS,
-}
 
 
 def add_config_options(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
@@ -36,8 +26,8 @@ def add_config_options(parser: argparse.ArgumentParser, defaults: Mapping[str, A
             "--" + field.name.replace("_", "-"),
             dest=_PREFIX + field.name,
             type=_parser_of(field),
-            choices=_CHOICES.get(field.name),
-            metavar=None if field.name in _CHOICES else "N",
+            choices=CHOICES.get(field.name),
+            metavar=None if field.name in CHOICES else "N",
             help=f"{texts.get(field.name, '')} (default: {default})".replace("%", "%%"),
         )
 

@@ -13,6 +13,7 @@ from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.config_file import read_config
 from imdc.model.shape import DTYPE_BYTES, ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.fit import LEAST_CHUNK, MOST_STEPS, fit_chunk, largest_within, peak_bytes, with_chunk, with_memory
 from imdc.planner.footprint import predict_unpatched
 from imdc.planner.gpus import GPUS, Gpu, find_gpu
@@ -72,6 +73,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, a .gguf file or a hub id")
     parser.add_argument("--config-json", dest="model_config", metavar="FILE", help="a config.json in place of MODEL")
     parser.add_argument("--prompt-tokens", metavar="N", help="tokens of the prompt, such as 32768, 128k or 1M")
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="different prompts in one batch (default: 1)")
+    parser.add_argument(
+        "--new-tokens", default="0", metavar="N", help="tokens that generate() writes afterwards (default: 0)"
+    )
     parser.add_argument(
         "--gpu", metavar="NAME_OR_SIZE", help=f"what it has to fit into: {', '.join(GPUS)}, or a size such as 24GiB"
     )
@@ -115,19 +120,20 @@ def compute(args: argparse.Namespace) -> Outcome:
         )
     if prompt is not None and args.solve != "chunk":
         _check_steps(prompt, config)
+    new_tokens = 0 if args.new_tokens == "0" else parse_tokens(args.new_tokens, "--new-tokens")
+    batch = Batch(prompt or 0, args.rows, new_tokens=new_tokens)
     solved = None
     if args.solve and limit is not None:
-        prompt, config, at_end = _solve(args.solve, shape, prompt, config, limit, args.device)
+        batch, config, at_end = _solve(args.solve, shape, batch, config, limit, args.device)
         solved = (args.solve, at_end)
-    assert prompt is not None, "checked above"
-    plan = plan_shape(shape, prompt, config, device=args.device, device_bytes=limit)
+    plan = plan_shape(shape, batch, config, device=args.device, device_bytes=limit)
     return Outcome(
         plan=plan,
         solved=solved,
         limit=limit,
         gpu=gpu,
         others=_others(plan, args.device),
-        longest_unpatched=None if limit is None else _longest_unpatched(shape, limit),
+        longest_unpatched=None if limit is None else _longest_unpatched(shape, batch, limit),
     )
 
 
@@ -151,36 +157,36 @@ def _shape(args: argparse.Namespace) -> ModelShape:
 
 
 def _solve(
-    what: str, shape: ModelShape, prompt: int | None, config: PrefillConfig, limit: int, device: str
-) -> tuple[int, PrefillConfig, bool]:
-    """(prompt, config, whether the search ended before the limit did) with the largest value that fits."""
-    if prompt is not None and what == "chunk":
-        chunk = fit_chunk(shape, prompt, config, limit, device=device)
-        return prompt, with_chunk(config, chunk), chunk == prompt
+    what: str, shape: ModelShape, batch: Batch, config: PrefillConfig, limit: int, device: str
+) -> tuple[Batch, PrefillConfig, bool]:
+    """(batch, config, whether the search ended before the limit did) with the largest value that fits."""
+    prompt = batch.prompt_tokens
+    if what == "chunk":
+        chunk = fit_chunk(shape, batch, config, limit, device=device)
+        return batch, with_chunk(config, chunk), chunk == prompt
     if isinstance(config.chunk_tokens, str):
         raise ConfigError(f"--solve {what} needs chunk_tokens as a number, got 'auto'; solve one thing at a time")
-    if prompt is None:
+    if what == "prompt":
         mean = config.chunk_tokens
         longest = min(_LONGEST_PROMPT, MOST_STEPS * mean)
 
         def peak_at_prompt(tokens: int) -> int:
             # The peak is not monotonic in the prompt length: one token past a whole number of chunks adds a step and
             # shrinks every chunk. Take the largest peak of any shorter prompt.
-            whole = tokens // mean * mean
-            peaks = [peak_bytes(shape, length, config, device) for length in {tokens, whole, min(tokens, mean)} - {0}]
-            return max(peaks)
+            lengths = {tokens, tokens // mean * mean, min(tokens, mean)} - {0}
+            return max(peak_bytes(shape, replace(batch, prompt_tokens=some), config, device) for some in lengths)
 
         found = largest_within(limit, peak_at_prompt, LEAST_CHUNK, longest, "a prompt of one short chunk")
-        return found, config, found == longest
+        return replace(batch, prompt_tokens=found), config, found == longest
     least = max(1, config.sink_tokens + config.recent_tokens)
 
     def peak_at_memory(tokens: int) -> int:
-        return peak_bytes(shape, prompt, with_memory(config, tokens), device)
+        return peak_bytes(shape, batch, with_memory(config, tokens), device)
 
     # Upper bound: the memory whose KV cache alone fills the limit.
     pairs = (limit - shape.weights) // max(1, shape.kv_bytes_per_token * shape.full_layers)
     memory = largest_within(limit, peak_at_memory, least, max(least, min(prompt, pairs)), "the smallest memory")
-    return prompt, with_memory(config, memory), memory >= prompt
+    return batch, with_memory(config, memory), memory >= prompt
 
 
 def _others(plan: Plan, device: str) -> dict[str, int]:
@@ -189,16 +195,18 @@ def _others(plan: Plan, device: str) -> dict[str, int]:
     for schedule in ("imdc", "im", "fm", "full"):
         if schedule != plan.config.schedule:
             config = replace(plan.config, schedule=schedule)
-            peaks[schedule] = peak_bytes(plan.shape, plan.prompt_tokens, config, device)
+            peaks[schedule] = peak_bytes(plan.shape, plan.batch, config, device)
     return {**peaks, "unpatched": plan.unpatched.total_bytes}
 
 
-def _longest_unpatched(shape: ModelShape, limit: int) -> int | None:
+def _longest_unpatched(shape: ModelShape, batch: Batch, limit: int) -> int | None:
     """None where not even a short prompt fits."""
+
+    def peak(tokens: int) -> int:
+        return predict_unpatched(shape, replace(batch, prompt_tokens=tokens)).total_bytes
+
     try:
-        return largest_within(
-            limit, lambda tokens: predict_unpatched(shape, tokens).total_bytes, 1, _LONGEST_PROMPT, "one token"
-        )
+        return largest_within(limit, peak, 1, _LONGEST_PROMPT, "one token")
     except ConfigError:
         return None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imdc.cli.answer import check_writable, choose_device, quiet_transformers, read_document, write_text
 from imdc.cli.options import add_config_options, config_from
-from imdc.config import BALANCES, SCHEDULES, PrefillConfig
+from imdc.config import BALANCES, SCHEDULES, UNPATCHED, PrefillConfig
 from imdc.errors import ConfigError, did_you_mean
 from imdc.units import format_bytes, format_percent, format_tokens, parse_tokens
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int], AbstractContextManager[Callable[[StepReport], None]]]
 
-UNPATCHED = "unpatched"
 # Memory against chunk, where the saving of IMDC over FM is looked up: it is largest near 2.
 RATIOS = (0.5, 1.0, 1.8, 4.0, 8.0)
 
@@ -172,9 +171,10 @@ def predicted_savings(shape: ModelShape, tokens: int, config: PrefillConfig, dev
 
     The chunk stays the config's; ratios whose memory holds the whole prompt, or too few tokens, are left out.
     """
+    from imdc.planner.batch import Batch
     from imdc.planner.fit import peak_bytes, with_memory
 
-    savings = {}
+    savings, batch = {}, Batch(tokens)
     for ratio in RATIOS:
         if isinstance(config.chunk_tokens, str):
             break
@@ -183,7 +183,7 @@ def predicted_savings(shape: ModelShape, tokens: int, config: PrefillConfig, dev
             continue
         base = with_memory(config, memory)
         fm, imdc = (
-            peak_bytes(shape, tokens, replace(base, schedule=schedule), device) - shape.weights
+            peak_bytes(shape, batch, replace(base, schedule=schedule), device) - shape.weights
             for schedule in ("fm", "imdc")
         )
         savings[ratio] = 1 - imdc / fm

@@ -1,7 +1,8 @@
 """A model's config without its weights, from a folder, a config.json, a GGUF file or the hub; needs no torch.
 
 Of a GGUF file only the header is read; the layout is that of the GGUF specification,
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What a config leaves out, or says in one of several ways, is
+filled in here too.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from imdc.errors import ConfigError, UnsupportedModelError
+from imdc.model.families import GGUF_NAMES, describe
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST_STRING = 2**24
-# Where llama.cpp and transformers call an architecture differently.
-_FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"}
+# A config of several parts may say these once, for all of them.
+_SHARED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
 
 
 def read_config(source: str | os.PathLike[str]) -> Any:
@@ -43,21 +46,33 @@ def read_config(source: str | os.PathLike[str]) -> Any:
     if path.suffix.lower() == ".json" or path.is_file():
         return _json_config(path)
     text = os.fspath(source)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if looks_local(text):
         raise ConfigError(f"model {text!r} was not found: give a folder, a config.json, a .gguf file or a hub id")
-    return _json_config(_from_hub(text))
+    return _json_config(hub_file(text, "config.json"))
 
 
-def _from_hub(name: str) -> Path:
+def looks_local(source: str) -> bool:
+    """True for what can only be a path: hub ids have at most one slash and never start with `.`, `/` or `~`."""
+    return source.startswith((".", "/", "~", os.sep)) or source.count("/") > 1
+
+
+def hub_file(name: str, file: str) -> Path:
+    """The file of a hub repository, downloaded where it is not cached.
+
+    Raises:
+        ConfigError: the hub does not know it or cannot be reached.
+    """
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise ConfigError(f"{name!r} is no local path, and huggingface_hub is not installed to look for it") from error
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        return Path(hf_hub_download(name, file))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {name!r} is neither a local path nor found on the hub: {reason}") from error
+        raise ConfigError(
+            f"model {name!r} is neither a local path nor found on the hub with {file!r}: {reason}"
+        ) from error
 
 
 def _json_config(path: Path) -> Any:
@@ -107,7 +122,7 @@ def _gguf_config(path: Path) -> Any:
     vocab = entries.get("tokenizer.ggml.tokens") or entries.get(f"{family}.vocab_size")
     # transformers dequantises GGUF weights to float32 unless asked for another type.
     return SimpleNamespace(
-        model_type=_FAMILIES.get(family, family),
+        model_type=GGUF_NAMES.get(str(family), family),
         vocab_size=vocab,
         dtype="float32",
         tie_word_embeddings="output.weight" not in tensors,
@@ -159,3 +174,56 @@ def _gguf_value(file: BinaryIO, kind: int) -> Any:
         for _ in range(length):
             _gguf_value(file, inner)
     return length
+
+
+def completed(config: Any) -> tuple[Any, str]:
+    """The text part of a config with what it leaves out, and its `model_type`."""
+    text = getattr(config, "text_config", None)
+    text = config if text is None else text
+    family = str(getattr(text, "model_type", "unknown"))
+    missing = describe(family).missing
+    shared = {name: getattr(config, name, None) for name in _SHARED}
+    return _Completed(text, {**missing, **shared}), family
+
+
+class _Completed:
+    """A config whose missing entries, or those that are None, come from a mapping."""
+
+    def __init__(self, config: Any, missing: Mapping[str, Any]) -> None:
+        self._config, self._missing = config, missing
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name, None)
+        return self._missing.get(name) if value is None else value
+
+
+def weight_bits(config: Any) -> int | None:
+    """Bits per weight that the `quantization_config` of a config.json names, by the ways of the common formats."""
+    quantised = getattr(config, "quantization_config", None)
+    if not isinstance(quantised, Mapping):
+        return None
+    bits = 4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else quantised.get("bits")
+    # compressed-tensors names them for groups of layers; the first one is that of the matrices.
+    groups = quantised.get("config_groups")
+    for group in groups.values() if bits is None and isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        bits = weights.get("num_bits") if bits is None and isinstance(weights, Mapping) else bits
+    if bits is None and "fp8" in str(quantised.get("quant_method")):
+        return 8
+    return bits if isinstance(bits, int) and 1 <= bits <= 8 else None
+
+
+def size_of(config: Any, family: str, *names: str, default: int | None = None) -> int:
+    """The first of the entries that is there; `default`, where there is one, stands for what is left out or 0.
+
+    Raises:
+        UnsupportedModelError: it is no positive int.
+    """
+    value = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    if default is not None and not value:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModelError(
+            f"the config of model type {family!r} has {names[0]}={value!r}; a plan needs it as a positive int"
+        )
+    return value

@@ -1,8 +1,13 @@
-"""The model families that imdc can prefill: one table row each. No torch here."""
+"""What sets each architecture apart, one table row each: what imdc can prefill, and what a plan can describe.
+
+The rows hold what a config leaves unsaid: a config.json leaves out what equals the default of its config class, and
+these classes differ. No torch here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from imdc.errors import UnsupportedModelError, did_you_mean
@@ -14,36 +19,98 @@ class Family:
 
     Attributes:
         model_type: `config.model_type` of transformers.
-        title: the name people know it by.
+        title: the name people know it by; empty for what `imdc.plan` describes and `imdc.patch` does not support.
+        and_kin: the row also describes model types without a row whose name begins with this one's.
         rope_by_layer_type: the rotary module takes the layer type (Gemma 3 has two bases).
         rope_flag: attribute of an attention module that is false where the layer has no rotary embedding.
         drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
+        float_rotary: rotary embedding works in float32 whatever the dtype.
+        tied: the output head shares the embedding unless the config says otherwise.
+        qkv_bias: query, key and value projections have a bias, also where the config does not say so.
+        qk_norm: queries and keys are normalised per head.
+        norms: RMS norms per layer besides those of queries and keys.
+        post_norm: norms follow attention and MLP instead of preceding them.
+        fused: gate and up are one matrix, and so are queries, keys and values.
+        gated: the MLP has a gate and an up projection rather than one.
+        mlp_factor: width of the MLP in hidden sizes where the config does not say; None where it always does.
+        opt_in_window: a sliding window counts only with `use_sliding_window`.
+        window_pattern: every n-th layer sees everything, where the config is older than `layer_types`.
+        gguf: llama.cpp's name of the architecture where it is another one.
+        missing: entries that a plan needs and config.json files in use leave out.
     """
 
     model_type: str
-    title: str
+    title: str = ""
+    and_kin: bool = False
     rope_by_layer_type: bool = False
     rope_flag: str | None = None
     drops_cache: bool = False
+    float_rotary: bool = False
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norms: int = 2
+    post_norm: bool = False
+    fused: bool = False
+    gated: bool = True
+    mlp_factor: int | None = None
+    opt_in_window: bool = False
+    window_pattern: int | None = None
+    gguf: str | None = None
+    missing: Mapping[str, Any] = field(default_factory=dict)
 
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("llama", "Llama, SmolLM2"),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2, Qwen2.5"),
-        Family("qwen3", "Qwen3"),
-        Family("phi3", "Phi-3, Phi-4", drops_cache=True),
-        Family("gemma2", "Gemma 2"),
-        Family("gemma3_text", "Gemma 3 (text)", rope_by_layer_type=True),
-        Family("granite", "Granite"),
-        Family("olmo2", "OLMo 2"),
-        Family("smollm3", "SmolLM3", rope_flag="use_rope"),
-        Family("qwen3_moe", "Qwen3-MoE"),
-        Family("mixtral", "Mixtral"),
-    )
+# google/gemma-3-4b-it leaves these out; from transformers' Gemma3TextConfig.
+_GEMMA3 = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
 }
+
+_ROWS = (
+    Family("llama", "Llama, SmolLM2"),
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2, Qwen2.5", and_kin=True, qkv_bias=True, opt_in_window=True),
+    Family("qwen3", "Qwen3", and_kin=True, qk_norm=True, opt_in_window=True),
+    Family("phi3", "Phi-3, Phi-4", drops_cache=True, fused=True),
+    Family("gemma2", "Gemma 2", tied=True, norms=4, window_pattern=2),
+    Family(
+        "gemma3_text",
+        "Gemma 3 (text)",
+        rope_by_layer_type=True,
+        tied=True,
+        qk_norm=True,
+        norms=4,
+        window_pattern=6,
+        gguf="gemma3",
+        missing=_GEMMA3,
+    ),
+    Family("granite", "Granite"),
+    Family("olmo2", "OLMo 2", float_rotary=True, qk_norm=True, post_norm=True),
+    Family("smollm3", "SmolLM3", rope_flag="use_rope"),
+    Family("qwen3_moe", "Qwen3-MoE", qk_norm=True, opt_in_window=True, gguf="qwen3moe"),
+    Family("mixtral", "Mixtral"),
+    # Described in plans only.
+    Family("qwen2_moe", qkv_bias=True, opt_in_window=True, gguf="qwen2moe"),
+    Family("gemma", and_kin=True, tied=True),
+    Family("gemma3", and_kin=True, tied=True, qk_norm=True, norms=4),
+    Family("cohere", and_kin=True, tied=True),
+    Family("gpt2", tied=True, gated=False, mlp_factor=4),
+    *(Family(name, gated=False) for name in ("gpt_neox", "phi", "starcoder2", "falcon", "opt", "bloom", "mpt")),
+)
+_KNOWN = {row.model_type: row for row in _ROWS}
+FAMILIES: dict[str, Family] = {name: row for name, row in _KNOWN.items() if row.title}
+GGUF_NAMES = {row.gguf: row.model_type for row in _ROWS if row.gguf}
+
+
+def describe(model_type: str) -> Family:
+    """The row of a model type, that of its next kin, or one without any quirk."""
+    if model_type in _KNOWN:
+        return _KNOWN[model_type]
+    kin = [row for row in _ROWS if row.and_kin and model_type.startswith(row.model_type)]
+    return max(kin, key=lambda row: len(row.model_type), default=Family(model_type))
 
 
 def supported() -> str:
@@ -55,7 +122,7 @@ def family_of(config: Any) -> Family:
     """The table row of a transformers config.
 
     Raises:
-        UnsupportedModelError: the architecture is not in the table, or is an encoder-decoder.
+        UnsupportedModelError: the architecture is not supported, or is an encoder-decoder.
     """
     model_type = getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):

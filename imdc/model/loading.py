@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imdc.errors import ImdcError
+from imdc.errors import ConfigError, ImdcError
+from imdc.model.config_file import hub_file, looks_local
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def load_model(
         source, gguf_file = os.path.split(os.path.abspath(source))
     if gguf_file is not None:
         source = os.fspath(_dequantised(_gguf_path(source, gguf_file)))
-    elif _looks_local(source) and not Path(source).is_dir():
+    elif looks_local(source) and not Path(source).is_dir():
         raise LoadError(f"model folder not found: {source!r}. Give a folder, a .gguf file or a hub id.")
 
     import torch
@@ -90,11 +91,6 @@ def load_model(
     if device is not None:
         torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
-
-
-def _looks_local(source: str) -> bool:
-    """True for what can only be a path: hub ids have at most one slash and never start with `.`, `/` or `~`."""
-    return source.startswith((".", "/", "~", os.sep)) or source.count("/") > 1
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -112,15 +108,12 @@ def _gguf_path(folder: str, gguf_file: str) -> Path:
     path = Path(folder).expanduser() / gguf_file
     if path.is_file():
         return path
-    if _looks_local(folder) or Path(folder).is_dir():
+    if looks_local(folder) or Path(folder).is_dir():
         raise LoadError(f"GGUF file not found: {os.fspath(path)!r}.")
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(folder, gguf_file))
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise LoadError(f"cannot get {gguf_file!r} of {folder!r} from the hub: {first_line}") from error
+        return hub_file(folder, gguf_file)
+    except ConfigError as error:
+        raise LoadError(str(error)) from error
 
 
 def _dequantised(path: Path) -> Path:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from imdc.errors import UnsupportedModelError
 from imdc.model import hf
 from imdc.model.families import Family, family_of
+from imdc.model.shape import layer_windows, trained_window
 
 
 @dataclass(slots=True)
@@ -62,6 +63,11 @@ class Parts:
                 "attn_implementation='sdpa' cannot cap logits as this model does; load it with "
                 "attn_implementation='eager'"
             )
+        if trained_window(config) is None:
+            raise UnsupportedModelError(
+                f"the config of model_type={config.model_type!r} has no max_position_embeddings; set it to the "
+                f"context length that the model was trained for"
+            )
         attentions: list[Any] = [layer.self_attn for layer in layers]
         flag = family.rope_flag
         return cls(
@@ -73,7 +79,7 @@ class Parts:
             layer_types=tuple(
                 config.layer_types[number] if family.rope_by_layer_type else None for number in range(len(layers))
             ),
-            windows=hf.sliding_windows(config, len(layers)),
+            windows=_windows(config, len(layers)),
         )
 
     @property
@@ -90,11 +96,9 @@ class Parts:
     @property
     def trained_window(self) -> int:
         """Positions that the model was trained for."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if self.rope_type == "longrope":
-            # Its short factors, which hold for all positions of a bounded memory, end here.
-            return int(rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
-        return int(self.config.max_position_embeddings)
+        window = trained_window(self.config)
+        assert window is not None, "checked in `of`"
+        return window
 
     def device(self, layer: int | None = None) -> torch.device:
         """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
@@ -121,3 +125,20 @@ class Parts:
         if scaling != 1.0:
             cos, sin = cos / scaling, sin / scaling
         return cos[0].to(dtype), sin[0].to(dtype)
+
+
+def _windows(config: Any, count: int) -> tuple[int | None, ...]:
+    """Per layer the sliding window, as a plan sees it; transformers' own cache must see the same.
+
+    Raises:
+        UnsupportedModelError: a layer keeps another kind of state (linear attention, chunked attention), or
+            transformers' cache gives it another window.
+    """
+    windows, own = layer_windows(config, count), hf.sliding_windows(config, count)
+    if own != windows:
+        number = next(number for number in range(count) if own[number] != windows[number])
+        raise UnsupportedModelError(
+            f"layer {number} of model_type={config.model_type!r} has a window of {own[number]} in transformers' cache "
+            f"and of {windows[number]} by its config; imdc does not know this version's rule for it"
+        )
+    return windows

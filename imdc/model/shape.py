@@ -11,23 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.errors import UnsupportedModelError
-from imdc.model.config_defaults import completed, size_of, weight_bits
+from imdc.model.config_file import completed, size_of, weight_bits
+from imdc.model.families import describe
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
-
-# config.json leaves out what equals the default of its config class; these classes differ from most others.
-_TIED_BY_DEFAULT = ("gemma", "cohere", "gpt2")
-_QKV_BIAS_BY_DEFAULT = ("qwen2",)
-_QK_NORM = ("qwen3", "gemma3", "olmo2")
-_FOUR_NORMS = ("gemma2", "gemma3")
-_FUSED = ("phi3",)
-_POST_NORM = ("olmo2",)
-_FLOAT_ROTARY = ("olmo2",)
-_TWO_ROTARY_BASES = ("gemma3_text",)
-_OPT_IN_WINDOW = ("qwen2", "qwen3")
-# Every n-th layer sees everything, where config.json is older than `layer_types`.
-_WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6}
-_UNGATED_MLP = ("gpt2", "gpt_neox", "phi", "starcoder2", "falcon", "opt", "bloom", "mpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +141,7 @@ class ModelShape:
             raise UnsupportedModelError("the model is an encoder-decoder; imdc reads prompts of decoder-only models")
         text_part = getattr(config, "text_config", None) is not None
         config, family = completed(config)
+        row = describe(family)
         q_heads = size_of(config, family, "num_attention_heads", "n_head")
         hidden = size_of(config, family, "hidden_size", "n_embd")
         head_dim = size_of(config, family, "head_dim", default=hidden // q_heads)
@@ -166,38 +154,38 @@ class ModelShape:
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
         layers = size_of(config, family, "num_hidden_layers", "n_layer")
         dtype = _dtype_name(config)
-        sliding, window = _sliding(config, family, layers)
+        windows = [window for window in layer_windows(config, layers) if window is not None]
         experts = size_of(config, family, "num_local_experts", "num_experts", "n_routed_experts", default=1)
         widths = (*(("moe_intermediate_size",) if experts > 1 else ()), "intermediate_size", "n_inner")
         return cls(
             family=family,
             layers=layers,
             hidden=hidden,
-            intermediate=size_of(config, family, *widths, default=4 * hidden if family == "gpt2" else None),
+            intermediate=size_of(config, family, *widths, default=hidden * row.mlp_factor if row.mlp_factor else None),
             q_heads=q_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             vocab=size_of(config, family, "vocab_size"),
-            max_positions=_trained_window(config, family, rope),
+            max_positions=trained_window(config),
             rotary=int(head_dim * _partial_rotary(config, rope)),
             dtype=dtype,
             dtype_bytes=DTYPE_BYTES[dtype],
-            sliding_layers=sliding,
-            window=window,
-            tied=bool(_default(config, "tie_word_embeddings", family.startswith(_TIED_BY_DEFAULT))),
-            gated=family not in _UNGATED_MLP,
-            fused=family in _FUSED,
+            sliding_layers=len(windows),
+            window=windows[0] if windows else None,
+            tied=bool(_default(config, "tie_word_embeddings", row.tied)),
+            gated=row.gated,
+            fused=row.fused,
             experts=experts,
             experts_per_token=size_of(config, family, "num_experts_per_tok", default=1),
-            qkv_bias=bool(_default(config, "attention_bias", False)) or family.startswith(_QKV_BIAS_BY_DEFAULT),
-            qk_norm=family.startswith(_QK_NORM),
+            qkv_bias=bool(_default(config, "attention_bias", False)) or row.qkv_bias,
+            qk_norm=row.qk_norm,
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-            post_norm=family in _POST_NORM,
-            float_rotary=family in _FLOAT_ROTARY,
-            rotary_bases=1 + (family in _TWO_ROTARY_BASES),
+            post_norm=row.post_norm,
+            float_rotary=row.float_rotary,
+            rotary_bases=1 + row.rope_by_layer_type,
             weight_bits=weight_bits(config),
             text_part=text_part,
-            norms_per_layer=4 if family.startswith(_FOUR_NORMS) else 2,
+            norms_per_layer=row.norms,
         )
 
     @classmethod
@@ -224,8 +212,11 @@ def _rope_entry(rope: Any, *names: str) -> Any:
     return next((entries[name] for name in names if entries.get(name) is not None), None)
 
 
-def _trained_window(config: Any, family: str, rope: Any) -> int | None:
+def trained_window(config: Any) -> int | None:
+    """Positions that a model was trained for; None where its config does not say."""
+    family = str(getattr(config, "model_type", "unknown"))
     window = size_of(config, family, "max_position_embeddings", "n_positions", default=0)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if _rope_entry(rope, "rope_type", "type") == "longrope":
         # The short factors, which hold for all positions of a bounded memory, end here.
         original = _rope_entry(rope, "original_max_position_embeddings")
@@ -249,16 +240,20 @@ def _dtype_name(source: Any) -> str:
     return name
 
 
-def _sliding(config: Any, family: str, layers: int) -> tuple[int, int | None]:
-    """Number of sliding-window layers and their window, by the rules of transformers' own caches."""
+def layer_windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """Per layer its sliding window in tokens, None for full attention, by the rules of transformers' own caches."""
+    family = str(getattr(config, "model_type", "unknown"))
+    row = describe(family)
     window = size_of(config, family, "sliding_window", default=0)
     kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, (list, tuple)):
-        sliding = sum("sliding" in str(kind) for kind in kinds)
-    elif not window or not _default(config, "use_sliding_window", not family.startswith(_OPT_IN_WINDOW)):
-        sliding = 0
+    if not window:
+        slides = [False] * layers
+    elif isinstance(kinds, (list, tuple)):
+        slides = ["sliding" in str(kind) for kind in kinds]
+    elif not _default(config, "use_sliding_window", not row.opt_in_window):
+        slides = [False] * layers
     else:
-        pattern = getattr(config, "sliding_window_pattern", None) or _WINDOW_PATTERN.get(family)
+        pattern = getattr(config, "sliding_window_pattern", None) or row.window_pattern
         skipped = getattr(config, "max_window_layers", None) or 0
-        sliding = layers - layers // pattern if pattern else max(0, layers - skipped)
-    return (sliding, window) if sliding and window else (0, None)
+        slides = [(layer + 1) % pattern != 0 if pattern else layer >= skipped for layer in range(layers)]
+    return tuple(window if slide else None for slide in slides)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
+from imdc.model.backend_rule import ALL_PACKAGES, AttentionTraits, choose_backend
 from imdc.model.shape import ModelShape
-from imdc.planner.footprint import balanced_steps, predict
-from imdc.positions import fitted, largest_chunk
+from imdc.planner.batch import Batch
+from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_after
+from imdc.positions import compact_positions, fitted, largest_chunk
+from imdc.schedule import Step
 from imdc.units import format_bytes
 
 # Smaller chunks save no memory: weights and KV cache dominate.
@@ -19,26 +22,29 @@ LEAST_CHUNK = 32
 MOST_STEPS = 4096
 
 
-def execution(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> tuple[str, bool]:
+def execution(
+    shape: ModelShape, batch: Batch, config: PrefillConfig, device: str, packages: Set[str] = ALL_PACKAGES
+) -> tuple[str, bool]:
     """(backend, compact positions) that a prefill will use: what "auto" of either becomes for this model.
 
     Args:
         shape: the model.
-        prompt_tokens: tokens of the longest prompt row.
+        batch: what is read.
         config: the options.
-        device: "cuda" or "cpu".
+        device: type of the device, such as "cuda" or "cpu".
+        packages: of `ALL_PACKAGES`, those installed where the prefill will run.
+
+    Raises:
+        ConfigError: the backend that is asked for cannot serve the model.
     """
-    backend = config.backend
-    if backend == "auto":
-        backend = "triton" if device == "cuda" else "reference" if shape.softcap else "sdpa"
-    if not shape.full_layers:
-        return backend, False
-    beyond = shape.max_positions is not None and prompt_tokens > shape.max_positions
-    return backend, config.positions == "compact" or (config.positions == "auto" and beyond)
+    traits = AttentionTraits(device, shape.dtype, shape.head_dim, shape.softcap)
+    backend, _ = choose_backend(config.backend, traits, packages)
+    read, written = batch.prompt_tokens, batch.new_tokens
+    return backend, compact_positions(batch.seen_tokens, read, written, shape.max_positions, config, shape.full_layers)
 
 
-def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
-    """The largest mean chunk whose predicted peak, weights included, stays within `limit` bytes, and which fits.
+def fit_chunk(shape: ModelShape, batch: Batch, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
+    """The largest mean chunk whose predicted peak, weights, other rows and answer included, is within `limit` bytes.
 
     With compact positions memory and chunk also have to fit the model's window.
 
@@ -47,18 +53,50 @@ def fit_chunk(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, limi
     """
 
     def peak(chunk: int) -> int:
-        return peak_bytes(shape, prompt_tokens, with_chunk(config, chunk), device)
+        return peak_bytes(shape, batch, with_chunk(config, chunk), device)
 
-    most = prompt_tokens
-    if execution(shape, prompt_tokens, config, device)[1]:
+    most, least = batch.prompt_tokens, least_chunk(batch)
+    if execution(shape, batch, config, device)[1]:
         config = fitted(config, shape.max_positions)
         most = min(most, largest_chunk(config, shape.max_positions) or most)
-    least = max(LEAST_CHUNK, math.ceil(prompt_tokens / MOST_STEPS))
     if config.schedule == "full":
         what, remedy = "the whole prompt in memory", "take another schedule than 'full'"
     else:
         what, remedy = f"memory_tokens={config.memory_tokens} and the smallest chunks", "lower memory_tokens"
+    if batch.copies > 1:
+        what, remedy = f"{what} of {batch.copies} rows", f"{remedy}, or read fewer rows or beams at once"
     return largest_within(limit, peak, least, most, what, remedy)
+
+
+def least_chunk(batch: Batch) -> int:
+    """The smallest mean chunk that is tried where memory is short."""
+    return max(LEAST_CHUNK, math.ceil(batch.prompt_tokens / MOST_STEPS))
+
+
+def smaller_chunk(
+    shape: ModelShape, batch: Batch, config: PrefillConfig, chunk: int, limit: int | None, *, device: str
+) -> int:
+    """The mean chunk to try after one of `chunk` tokens, more than `least_chunk`, ran out of memory.
+
+    It saves half of what the smallest chunks would, by predicted peaks, and more where `limit` asks for that.
+
+    Args:
+        shape: the model.
+        batch: what is read.
+        config: the options; its chunk_tokens is not read.
+        chunk: the mean chunk that failed.
+        limit: bytes that the device has for everything, weights included; None where that is not known.
+        device: as in `execution`.
+    """
+    chunk, least = min(chunk, batch.prompt_tokens), least_chunk(batch)
+
+    def peak(tokens: int) -> int:
+        return peak_bytes(shape, batch, with_chunk(config, tokens), device)
+
+    lowest = peak(least)
+    allowed = (lowest + peak(chunk)) // 2
+    allowed = max(lowest, allowed if limit is None else min(allowed, limit))
+    return largest_within(allowed, peak, least, chunk - 1, "the smallest chunks")
 
 
 def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
@@ -82,13 +120,28 @@ def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
     return limit
 
 
-def peak_bytes(shape: ModelShape, prompt_tokens: int, config: PrefillConfig, device: str) -> int:
-    """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number."""
-    backend, compact = execution(shape, prompt_tokens, config, device)
+def peak_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig, device: str) -> int:
+    """Predicted peak in bytes, weights included, of a prefill whose chunk_tokens is a number, and of its answer."""
+    _, footprints, after = foresee(shape, batch, config, execution(shape, batch, config, device))
+    return max(footprint.total_bytes for footprint in (*footprints, *after))
+
+
+def foresee(
+    shape: ModelShape, batch: Batch, config: PrefillConfig, chosen: tuple[str, bool]
+) -> tuple[tuple[Step, ...], tuple[StepFootprint, ...], tuple[StepFootprint, ...]]:
+    """(steps, their footprints, those of what follows them), for a config whose chunk_tokens is a number.
+
+    Args:
+        shape: the model.
+        batch: what is read.
+        config: the options; sizes that were left out are made to fit the model's window where positions are compact.
+        chosen: backend and whether positions are compact, as `execution` says.
+    """
+    backend, compact = chosen
     config = fitted(config, shape.max_positions) if compact else config
-    steps = balanced_steps(shape, prompt_tokens, config)
-    footprints = predict(shape, config, steps, backend=backend, compact=compact)
-    return max(footprint.total_bytes for footprint in footprints)
+    steps = balanced_steps(shape, batch.prompt_tokens, config, stored_tokens=batch.stored_tokens)
+    footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch)
+    return steps, footprints, predict_after(shape, config, batch, steps[-1].memory_after)
 
 
 def largest_within(

@@ -2,8 +2,9 @@
 
 A step's peak is the largest of the phases that `imdc.planner.layer_bytes` lists. To them come the memory of all layers
 (2 b K m per layer; m is memory_after for layers that are done), the workspace 2 b K T that all layers share and that
-keeps the largest T so far, token ids, positions and rotary tables. Not predicted: what an operator allocates inside
-itself, a CUDA context, and the blocks that a caching allocator holds but does not use.
+keeps the largest T so far, token ids, positions and rotary tables, and what `imdc.planner.batch` lists. Not predicted:
+what an operator allocates inside itself, a CUDA context, and the blocks that a caching allocator holds but does not
+use.
 
 FLOPs count two per multiply-add of every matrix product; `moved_bytes` is what must cross the memory bus at least:
 the layers' weights once per step, the memory read and written.
@@ -12,38 +13,40 @@ the layers' weights once per step, the memory read and written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imdc.config import PrefillConfig
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch, Kept, decoding_bytes, stacking_bytes, waiting_bytes
 from imdc.planner.layer_bytes import Layers, Phase, Work, phases
 from imdc.schedule import MemoryCost, Step, build_steps, tail_rows
-
-KINDS = ("weights", "memory", "workspace", "activations", "attention", "scoring", "logits")
 
 
 @dataclass(frozen=True, slots=True)
 class StepFootprint:
     """Bytes alive at the peak of one step, by kind, and what the step computes and moves.
 
-    `phase` names where in a layer the peak is; see the module's text.
+    `phase` names where in a layer the peak is; see the module's text. `others` are bytes of other rows, earlier turns
+    and `generate()` itself.
     """
 
     phase: str
     weights: int
     memory: int
-    workspace: int
-    activations: int
-    attention: int
-    scoring: int
-    logits: int
-    flops: int
-    moved_bytes: int
+    workspace: int = 0
+    activations: int = 0
+    attention: int = 0
+    scoring: int = 0
+    logits: int = 0
+    flops: int = 0
+    moved_bytes: int = 0
+    others: int = 0
 
     @property
     def above_weights(self) -> int:
         """Bytes besides the weights."""
-        return self.memory + self.workspace + self.activations + self.attention + self.scoring + self.logits
+        working = self.activations + self.attention + self.scoring + self.logits
+        return self.memory + self.workspace + working + self.others
 
     @property
     def total_bytes(self) -> int:
@@ -58,8 +61,9 @@ def predict(
     *,
     backend: str = "triton",
     compact: bool = False,
+    batch: Batch | None = None,
 ) -> tuple[StepFootprint, ...]:
-    """The footprint of every step of a prefill of one prompt row.
+    """The footprint of every step of a prefill of one prompt row, the last one of a batch.
 
     Args:
         shape: the model.
@@ -67,14 +71,37 @@ def predict(
         steps: the steps in order, as `build_steps` gives them.
         backend: "triton", "flash", "sdpa" or "reference": which temporaries attention and scoring need.
         compact: the memory is numbered anew at every step, which takes rotated copies of the keys.
+        batch: what surrounds that row; None is one prompt, read by hand into an empty cache.
     """
     footprints, workspace_keys = [], 0
+    batch = batch or Batch(sum(step.chunk_tokens for step in steps))
+    waiting = waiting_bytes(shape, batch, Kept.after(shape, batch, steps[-1].memory_after))
     tails = tail_rows(steps, config, full_layers=shape.full_layers)
     for step, tail in zip(steps, tails, strict=True):
-        work = Work(shape, config, step, tail, step is steps[-1], backend, compact)
+        work = Work(shape, config, step, tail, step is steps[-1], backend, compact, batch.seen_tokens)
         workspace_keys = max(workspace_keys, work.keys)
-        footprints.append(_peak(work, workspace_keys))
+        footprints.append(replace(_peak(work, workspace_keys), others=waiting))
     return tuple(footprints)
+
+
+def predict_after(
+    shape: ModelShape, config: PrefillConfig, batch: Batch, memory_tokens: int
+) -> tuple[StepFootprint, ...]:
+    """The footprints of what follows the steps: the rows become one cache, then the answer is written.
+
+    Args:
+        shape: the model.
+        config: the options.
+        batch: what was read.
+        memory_tokens: KV pairs that the last step leaves in each full-attention layer.
+    """
+    kept = Kept.after(shape, batch, memory_tokens)
+    memory, logits = stacking_bytes(shape, batch, kept)
+    found = [StepFootprint("stacking", shape.weights, memory, logits=logits)]
+    if batch.decoded_tokens:
+        memory, activations, logits = decoding_bytes(shape, batch, kept, config)
+        found.append(StepFootprint("decoding", shape.weights, memory, activations=activations, logits=logits))
+    return tuple(found)
 
 
 def _peak(work: Work, workspace_keys: int) -> StepFootprint:
@@ -176,13 +203,17 @@ def memory_cost(shape: ModelShape, config: PrefillConfig, chunk_tokens: int) -> 
     return MemoryCost(before=pair / token, after=pair * shape.full_layers / token)
 
 
-def predict_unpatched(shape: ModelShape, prompt_tokens: int) -> StepFootprint:
-    """The footprint of the model's own prefill: one step over the whole prompt, last logits only.
+def predict_unpatched(shape: ModelShape, batch: Batch) -> StepFootprint:
+    """The footprint of the model's own prefill: one step over the whole prompts, all rows at once, last logits only.
 
     Attention is taken to be fused and to need no mask, as flash attention does. transformers' sdpa builds a mask of
     N x N for sliding windows, and eager attention a float32 matrix; these take more.
     """
-    whole = Step(0, 0, prompt_tokens, 0, prompt_tokens)
+    whole = Step(0, 0, batch.prompt_tokens, 0, batch.prompt_tokens)
     config = PrefillConfig(schedule="full", observer="window")
-    work = Work(shape, config, whole, 0, True, "flash", False)
-    return _peak(work, 0)
+    one = _peak(Work(shape, config, whole, 0, True, "flash", False), 0)
+    kinds = ("memory", "workspace", "activations", "attention", "scoring", "logits", "flops")
+    all_rows = replace(one, **{kind: batch.rows * getattr(one, kind) for kind in kinds})
+    answer = batch.copies * batch.decoded_tokens * shape.layers * shape.kv_bytes_per_token
+    repeated = (batch.copies - batch.rows) * one.memory
+    return replace(all_rows, memory=all_rows.memory + repeated + answer)

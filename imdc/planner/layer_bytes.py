@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
 from imdc.model.shape import ModelShape
-from imdc.schedule import Step
+from imdc.schedule import Step, observing_rows
 
 # Elements of one float32 score block of the reference kernels (imdc.kernels.reference).
 _SCORE_BLOCK = 4 * 2**20
@@ -64,7 +64,10 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step of a plan asks of a model; r, T and the rest as in the module's text."""
+    """What one step of a plan asks of a model; r, T and the rest as in the module's text.
+
+    `seen_tokens` were read by earlier turns.
+    """
 
     shape: ModelShape
     config: PrefillConfig
@@ -73,6 +76,7 @@ class Work:
     last: bool
     backend: str
     compact: bool
+    seen_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -85,8 +89,9 @@ class Work:
         shape, step = self.shape, self.step
         full = Layers(shape.full_layers, step.memory_before, step.memory_after, None)
         limit = (shape.window or 1) - 1
-        seen = step.start + step.chunk_tokens
-        sliding = Layers(shape.sliding_layers, min(step.start, limit), min(seen, limit), shape.window)
+        begin = self.seen_tokens + step.start
+        end = begin + step.chunk_tokens
+        sliding = Layers(shape.sliding_layers, min(begin, limit), min(end, limit), shape.window)
         return [layers for layers in (sliding, full) if layers.count]
 
     @property
@@ -102,10 +107,7 @@ class Work:
     @property
     def observing_rows(self) -> int:
         """Query rows that score keys, 0 where nothing is dropped or the observer asks no queries."""
-        chunk, observer = self.step.chunk_tokens, self.config.observer
-        if not self.drops or observer not in ("prompt_tail", "window", "all_queries"):
-            return 0
-        return chunk if observer == "all_queries" else self.tail or min(self.config.observation_tokens, chunk)
+        return (observing_rows(self.config, self.step.chunk_tokens, self.tail) or 0) if self.drops else 0
 
 
 def phases(work: Work, layers: Layers) -> Iterator[Phase]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
-from imdc.model.config_defaults import SUPPORTED
+from imdc.model.backend_rule import ALL_PACKAGES, installed_packages
+from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
-from imdc.planner.fit import execution, fit_chunk, limit_bytes, with_chunk
-from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_unpatched
+from imdc.planner.batch import Batch, Kept
+from imdc.planner.fit import execution, fit_chunk, foresee, limit_bytes, with_chunk
+from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
-from imdc.positions import fitted, misfit
-from imdc.schedule import Step, tail_rows, widest_step
+from imdc.positions import fitted, misfit, widest_step
+from imdc.schedule import Step, tail_rows
 from imdc.units import format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
@@ -23,19 +25,35 @@ _SHOWN_STEPS = 24
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """One step of a plan: what `Step` says, and the predicted footprint."""
+    """One step of a plan, and the predicted footprint."""
 
-    index: int
-    start: int
-    chunk_tokens: int
-    memory_before: int
-    memory_after: int
+    step: Step
     footprint: StepFootprint
 
     @property
-    def step(self) -> Step:
-        """The step without its footprint."""
-        return Step(self.index, self.start, self.chunk_tokens, self.memory_before, self.memory_after)
+    def index(self) -> int:
+        """Number of the step."""
+        return self.step.index
+
+    @property
+    def start(self) -> int:
+        """First prompt token read."""
+        return self.step.start
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens read."""
+        return self.step.chunk_tokens
+
+    @property
+    def memory_before(self) -> int:
+        """KV pairs that they are read against."""
+        return self.step.memory_before
+
+    @property
+    def memory_after(self) -> int:
+        """KV pairs kept."""
+        return self.step.memory_after
 
     @property
     def predicted_bytes(self) -> int:
@@ -48,55 +66,67 @@ class Plan:
     """How a prompt will be read, and what that takes. `str()` of it is a table.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
+        batch: what is read: prompts, rows, and the answer that follows.
         config: the options with the sizes in force: chunk_tokens is a number, also where "auto" was asked for, and
             what was left out fits the model's window.
         shape: the model.
-        steps: the steps in order.
+        steps: the steps in order, of the last row where there are several.
+        after: the footprints of what follows: the rows become one cache, and the answer is written.
         backend: the backend whose temporaries are counted.
         compact: whether the memory is numbered anew at every step.
         unpatched: the footprint of the model's own prefill of the same prompt.
     """
 
-    prompt_tokens: int
+    batch: Batch
     config: PrefillConfig
     shape: ModelShape
     steps: tuple[PlannedStep, ...]
+    after: tuple[StepFootprint, ...]
     backend: str
     compact: bool
     unpatched: StepFootprint
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, per row."""
+        return self.batch.prompt_tokens
+
+    @property
     def peak_bytes(self) -> int:
-        """Bytes at the peak of the whole prefill, weights included."""
+        """Bytes at the peak of the whole prefill and of the answer, weights included."""
         return self.peak.total_bytes
 
     @property
     def peak(self) -> StepFootprint:
-        """The footprint of the step that takes most."""
-        return max((step.footprint for step in self.steps), key=lambda footprint: footprint.total_bytes)
+        """The footprint of what takes most: a step, the stacking of rows, or the decoding."""
+        footprints = (*(step.footprint for step in self.steps), *self.after)
+        return max(footprints, key=lambda footprint: footprint.total_bytes)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the cache that the prefill leaves behind."""
-        shape = self.shape
-        sliding = min(self.prompt_tokens, (shape.window or 1) - 1) * shape.sliding_layers
-        return (self.steps[-1].memory_after * shape.full_layers + sliding) * shape.kv_bytes_per_token
+        """Bytes of the cache that the prefill leaves behind, all rows."""
+        return self.batch.copies * Kept.after(self.shape, self.batch, self.steps[-1].memory_after).row_bytes
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of all steps."""
-        return sum(step.footprint.flops for step in self.steps)
+        """Floating-point operations of all steps of all rows."""
+        return self.batch.rows * sum(step.footprint.flops for step in self.steps)
 
     def least_seconds(self, gpu: Gpu) -> float:
         """Time on `gpu` below which the prefill cannot be: every step's arithmetic or traffic at the peak rates."""
-        return sum(gpu.least_seconds(step.footprint.flops, step.footprint.moved_bytes) for step in self.steps)
+        footprints = [step.footprint for step in self.steps]
+        return self.batch.rows * sum(gpu.least_seconds(one.flops, one.moved_bytes) for one in footprints)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain numbers and strings, for JSON; sizes in bytes."""
-        steps = [{**asdict(step), "predicted_bytes": step.predicted_bytes} for step in self.steps]
+        steps = [
+            {**asdict(one.step), "footprint": asdict(one.footprint), "predicted_bytes": one.predicted_bytes}
+            for one in self.steps
+        ]
         return {
             "prompt_tokens": self.prompt_tokens,
+            "rows": self.batch.rows,
+            "new_tokens": self.batch.new_tokens,
             "config": asdict(self.config),
             "model": asdict(self.shape),
             "backend": self.backend,
@@ -108,6 +138,7 @@ class Plan:
             "flops": self.flops,
             "notes": self.notes(),
             "steps": steps,
+            "after": [{**asdict(one), "predicted_bytes": one.total_bytes} for one in self.after],
         }
 
     def __str__(self) -> str:
@@ -122,21 +153,25 @@ class Plan:
         """One line: model, prompt and schedule."""
         config, shape = self.config, self.shape
         memory = "all" if config.schedule == "full" else format_tokens(config.memory_tokens)
+        prompts = f"{self.batch.rows} rows of " if self.batch.rows > 1 else ""
+        prompts += format_tokens(self.prompt_tokens)
         return (
-            f"{shape.family}, {shape.layers} layers, {shape.dtype}: {format_tokens(self.prompt_tokens)} tokens by "
+            f"{shape.family}, {shape.layers} layers, {shape.dtype}: {prompts} tokens by "
             f"{config.schedule!r} in {len(self.steps)} step{'s' * (len(self.steps) > 1)}, memory {memory}, "
             f"mean chunk {format_tokens(round(self.prompt_tokens / len(self.steps)))}"
         )
 
     def summary(self) -> list[str]:
         """The lines below the table."""
-        peak, shape = self.peak, self.shape
+        peak, shape, rows = self.peak, self.shape, self.batch.rows
+        others = f", other rows and generate() {format_bytes(peak.others)}" if peak.others else ""
+        place = f" while {peak.phase}" if peak in self.after else ""
         return [
-            f"peak {format_bytes(peak.total_bytes)}: weights {format_bytes(peak.weights)}, memory "
+            f"peak {format_bytes(peak.total_bytes)}{place}: weights {format_bytes(peak.weights)}, memory "
             f"{format_bytes(peak.memory)}, workspace {format_bytes(peak.workspace)}, activations "
-            f"{format_bytes(peak.activations + peak.attention + peak.scoring + peak.logits)}",
-            f"cache after the prefill {format_bytes(self.memory_bytes)}, of the whole prompt "
-            f"{format_bytes(shape.layers * shape.kv_bytes_per_token * self.prompt_tokens)}",
+            f"{format_bytes(peak.activations + peak.attention + peak.scoring + peak.logits)}{others}",
+            f"cache after the prefill {format_bytes(self.memory_bytes)}, of the whole prompt{'s' * (rows > 1)} "
+            f"{format_bytes(rows * shape.layers * shape.kv_bytes_per_token * self.prompt_tokens)}",
             f"the unpatched model's own prefill: peak {format_bytes(self.unpatched.total_bytes)}",
             *self.notes(),
         ]
@@ -144,13 +179,13 @@ class Plan:
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know of this model; often nothing."""
         shape, notes = self.shape, []
-        if shape.family not in SUPPORTED:
+        if shape.family not in FAMILIES:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
-        widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
         if self.compact and shape.max_positions:
-            left = steps[-1].memory_after
-            problem = misfit(self.config, shape.max_positions, widest=widest, left=left, new_tokens=None)
+            widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
+            left, new = steps[-1].memory_after, self.batch.new_tokens or None
+            problem = misfit(self.config, shape.max_positions, widest=widest, left=left, new_tokens=new)
             if problem is not None:
                 notes.append(f"note: imdc.patch will refuse this: {problem}")
         if shape.sliding_layers:
@@ -196,6 +231,8 @@ def plan(
     prompt_tokens: int,
     config: PrefillConfig | None = None,
     *,
+    rows: int = 1,
+    new_tokens: int = 0,
     device: str | None = None,
     device_bytes: int | None = None,
     **options: Any,
@@ -204,57 +241,60 @@ def plan(
 
     Args:
         model_or_config: a model, its transformers config, or a `ModelShape`.
-        prompt_tokens: tokens of the prompt, one row.
+        prompt_tokens: tokens of the prompt, of the longest row.
         config: the options, or None for the defaults.
+        rows: different prompts in one batch.
+        new_tokens: tokens that `generate()` writes afterwards; 0 is a prefill by hand, without `generate()`.
         device: "cuda" or "cpu", for the backend that "auto" takes there; None means where the model is, and "cuda"
             for a config.
         device_bytes: what the device has for weights and prefill together; `memory_limit` may be a share of it.
         options: fields of `PrefillConfig`, instead of or on top of `config`.
 
     Raises:
-        ConfigError: an option does not work, or nothing fits `memory_limit`.
+        ConfigError: an option, `rows` or `new_tokens` does not work, or nothing fits `memory_limit`.
         UnsupportedModelError: the config lacks a size that the plan needs.
     """
     chosen = resolve_config(config, **options)
     shape, place = _shape_of(model_or_config)
-    return plan_shape(shape, prompt_tokens, chosen, device=device or place, device_bytes=device_bytes)
+    batch = Batch(prompt_tokens, rows, new_tokens=new_tokens)
+    # A loaded model will run here; a config is planned for a machine that has what is asked for.
+    packages = ALL_PACKAGES if place is None else installed_packages()
+    device = device or place or "cuda"
+    return plan_shape(shape, batch, chosen, device=device, device_bytes=device_bytes, packages=packages)
 
 
-def _shape_of(source: Any) -> tuple[ModelShape, str]:
+def _shape_of(source: Any) -> tuple[ModelShape, str | None]:
     if isinstance(source, ModelShape):
-        return source, "cuda"
+        return source, None
     if hasattr(source, "parameters") and hasattr(source, "config"):
         return ModelShape.from_model(source), str(source.device.type)
-    return ModelShape.from_config(source), "cuda"
+    return ModelShape.from_config(source), None
 
 
 def plan_shape(
     shape: ModelShape,
-    prompt_tokens: int,
+    batch: Batch,
     config: PrefillConfig,
     *,
     device: str = "cuda",
     device_bytes: int | None = None,
+    packages: Set[str] = ALL_PACKAGES,
 ) -> Plan:
-    """`plan` for a shape and a complete config."""
-    compact = execution(shape, prompt_tokens, config, device)[1]
+    """`plan` for a shape, a batch and a complete config; `packages` as in `imdc.planner.fit.execution`."""
+    backend, compact = execution(shape, batch, config, device, packages)
     config = fitted(config, shape.max_positions) if compact else config
     if config.chunk_tokens == "auto":
         limit = limit_bytes(config, device_bytes)
-        config = with_chunk(config, fit_chunk(shape, prompt_tokens, config, limit, device=device))
-    backend, _ = execution(shape, prompt_tokens, config, device)
-    steps = balanced_steps(shape, prompt_tokens, config)
-    footprints = predict(shape, config, steps, backend=backend, compact=compact)
+        chunk = fit_chunk(shape, batch, replace(config, backend=backend), limit, device=device)
+        config = with_chunk(config, chunk)
+    steps, footprints, after = foresee(shape, batch, config, (backend, compact))
     return Plan(
-        prompt_tokens=prompt_tokens,
+        batch=batch,
         config=config,
         shape=shape,
-        steps=tuple(_planned(step, footprint) for step, footprint in zip(steps, footprints, strict=True)),
+        steps=tuple(PlannedStep(step, footprint) for step, footprint in zip(steps, footprints, strict=True)),
+        after=after,
         backend=backend,
         compact=compact,
-        unpatched=predict_unpatched(shape, prompt_tokens),
+        unpatched=predict_unpatched(shape, batch),
     )
-
-
-def _planned(step: Step, footprint: StepFootprint) -> PlannedStep:
-    return PlannedStep(step.index, step.start, step.chunk_tokens, step.memory_before, step.memory_after, footprint)

@@ -7,8 +7,6 @@ forward pass and Triton for the rest. All have the signatures of `imdc.kernels.r
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +17,8 @@ from torch import Tensor
 
 import imdc.kernels.reference as reference
 from imdc.errors import ConfigError
-from imdc.prefill.flash import find_flash, flash_attention
-
-_TRITON_HEAD_SIZES = frozenset({16, 32, 64, 96, 128, 256})
+from imdc.model.backend_rule import AttentionTraits, choose_backend, find_flash, installed_packages
+from imdc.prefill.flash import flash_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +35,6 @@ class Backend:
     compact: Callable[..., tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     compress_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTraits:
-    """What a backend must be able to do for a model; `softcap`: some layers cap their logits."""
-
-    device_type: str
-    dtype: torch.dtype
-    head_dim: int
-    softcap: bool
 
 
 REFERENCE = Backend(
@@ -141,29 +128,8 @@ def _triton() -> Backend:
 
 def _flash() -> Backend:
     found = find_flash()
-    assert found is not None, "_unmet() comes first"
+    assert found is not None, "choose_backend() comes first"
     return replace(_triton(), name="flash", chunk_attention=flash_attention(found[0]), compress_step=None)
-
-
-def _unmet(name: str, traits: AttentionTraits) -> str | None:
-    """Why a backend cannot serve a model, or None if it can."""
-    if name == "reference":
-        return None
-    if name == "sdpa":
-        return "it cannot cap logits (softcap)" if traits.softcap else None
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
-    # TRITON_INTERPRET=1 runs the kernels on the CPU: slow, for tests.
-    if traits.device_type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return f"its kernels need a CUDA device, the model is on {traits.device_type}"
-    if traits.head_dim not in _TRITON_HEAD_SIZES:
-        return f"head size {traits.head_dim} is not one of {sorted(_TRITON_HEAD_SIZES)}"
-    if name == "flash":
-        if find_flash() is None:
-            return "flash-attn is not installed (pip install flash-attn)"
-        if traits.dtype not in (torch.float16, torch.bfloat16):
-            return f"flash-attn takes float16 and bfloat16, the model is {traits.dtype}"
-    return None
 
 
 _MAKERS: dict[str, Callable[[], Backend]] = {
@@ -175,34 +141,20 @@ _MAKERS: dict[str, Callable[[], Backend]] = {
 
 
 def choose(name: str, traits: AttentionTraits) -> tuple[Backend, str]:
-    """The backend for a model, and a sentence that says why.
+    """The backend for a model here, and a sentence that says why.
 
     Raises:
         ConfigError: the named backend cannot serve this model here; the message says why and what can.
     """
-    if name != "auto":
-        reason = _unmet(name, traits)
-        if reason is not None:
-            usable = [other for other in _MAKERS if _unmet(other, traits) is None]
-            raise ConfigError(f"backend={name!r} cannot be used: {reason}; use backend='auto' or one of {usable}")
-        return _MAKERS[name](), f"{name}: asked for"
-    # flash-attn is asked for by name until it has been timed beside Triton on a GPU.
-    order = ("triton", "sdpa", "reference") if traits.device_type == "cuda" else ("sdpa", "reference")
-    passed: list[str] = []
-    for candidate in order:
-        reason = _unmet(candidate, traits)
-        if reason is None:
-            why = "; ".join(passed) if passed else f"first choice on {traits.device_type}"
-            return _MAKERS[candidate](), f"{candidate}: {why}"
-        passed.append(f"not {candidate}: {reason}")
-    raise AssertionError("the reference backend serves every model")
+    chosen, why = choose_backend(name, traits, installed_packages())
+    return _MAKERS[chosen](), why
 
 
 def traits_of(device: torch.device, dtype: torch.dtype, config: Any, head_dim: int) -> AttentionTraits:
     """The traits that a transformers config asks of a backend."""
     return AttentionTraits(
         device_type=device.type,
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         head_dim=head_dim,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
     )

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,16 +18,14 @@ from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
-from imdc.planner.fit import fit_chunk, limit_bytes
+from imdc.planner.batch import Batch
+from imdc.planner.fit import fit_chunk, least_chunk, limit_bytes, smaller_chunk
 from imdc.prefill.backends import Backend, choose, traits_of
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
 from imdc.prefill.turn import RowTurn, TurnPlanner, row_turn
 from imdc.report import PrefillReport
-
-# A step that does not fit is retried with half the chunk, down to this: below, activations no longer matter.
-_LEAST_CHUNK = 32
 
 
 @dataclass(slots=True)
@@ -69,6 +67,7 @@ class Engine:
 
         Raises:
             UnsupportedCallError: an empty prompt, or positions beyond the model's window.
+            ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
         began = time.perf_counter()
         overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
@@ -76,26 +75,34 @@ class Engine:
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
         anew, cache.anew = cache.anew, {}
-        longest = max(text.numel() for text in (*prompts, *anew.values()))
         device = self.parts.device()
         backend, _ = self.backend()
-        chunk, restarts = self._fitting_chunk(longest, device), 0
+        batch = self._batch(cache, [*prompts, *anew.values()], len(unique), len(prompts))
+        chunk, restarts = self._first_chunk(cache, batch, backend, device), 0
         while True:
             planner = self.planner(chunk, cache.expected_new_tokens)
             turns = [self._turn(planner, cache, prompts[index], index, anew.get(index)) for index in unique]
             # Rows with compact positions may have smaller sizes than asked for; the report says so.
             config = next((turn.config for turn in turns if turn.row.compact), self.config)
+            reader = Reader(self.parts, self.config, self.forward, backend=backend, on_step=self.on_step)
+            outputs: list[Any] = []
             try:
-                reader = Reader(self.parts, self.config, self.forward, backend=backend, on_step=self.on_step)
-                outputs = [
-                    reader.read(turn, turn.ids.to(device), number, forward_options, keep=wanted.keep(order, number))
-                    for number, turn in enumerate(turns)
-                ]
+                for number, turn in enumerate(turns):
+                    keep = wanted.keep(order, number)
+                    outputs.append(reader.read(turn, turn.ids.to(device), number, forward_options, keep=keep))
                 break
-            except torch.OutOfMemoryError as error:
-                turns, outputs = [], []
-                chunk = self._smaller_chunk(chunk, config, longest, error)
-                restarts += 1
+            except torch.OutOfMemoryError:
+                mean = chunk or int(config.chunk_tokens)
+                if min(mean, batch.prompt_tokens) <= least_chunk(batch):
+                    raise
+            # The frames that the error held are gone, and with them their tensors.
+            del reader
+            turns, outputs = [], []
+            chunk = self._smaller_chunk(mean, batch, backend, device)
+            restarts += 1
+        # Its workspace would raise the peak of stacking the rows.
+        reports = tuple(reader.reports)
+        del reader
         rows = [turn.row for turn in turns]
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
         output = outputs[0]
@@ -109,15 +116,17 @@ class Engine:
             memory_tokens=cache.stored_tokens(),
             kv_bytes=cache.kv_bytes(),
             seconds=time.perf_counter() - began,
-            steps=tuple(reader.reports),
+            steps=reports,
             restarts=restarts,
         )
         return output, report
 
     def most_attended(self, tokens: int) -> int:
         """KV pairs that a step attends to at most, memory and chunk, in a prompt of so many tokens."""
-        chunk = self._fitting_chunk(tokens, self.parts.device())
-        return self.config.memory_tokens + (chunk or int(self.config.chunk_tokens))
+        chunk = self.config.chunk_tokens
+        if not isinstance(chunk, int):
+            chunk = self._fitting_chunk(Batch(tokens), self.backend()[0], self.parts.device())
+        return self.config.memory_tokens + chunk
 
     def backend(self) -> tuple[Backend, str]:
         """The backend for the model where it is now, and why."""
@@ -163,36 +172,69 @@ class Engine:
         turn.row.question = turn.ids[-self.config.observation_tokens :].cpu()
         return turn
 
-    def _fitting_chunk(self, prompt_tokens: int, device: torch.device) -> int | None:
-        """The chunk that `memory_limit` allows, where the config asks for "auto"."""
-        if self.config.chunk_tokens != "auto":
-            return None
-        shape = ModelShape.from_model(self.parts.model)
-        free = None
-        if isinstance(self.config.memory_limit, float):
-            free = _free_bytes(device) + shape.weights
-        limit = limit_bytes(self.config, free)
-        return fit_chunk(shape, prompt_tokens, self.config, limit, device=device.type)
+    def _batch(self, cache: ImdcCache, texts: list[Tensor], rows: int, copies: int) -> Batch:
+        """What is read, as the planner wants it; inside `generate()` at least one token follows."""
+        seen = 0 if cache.rows is None else int(cache.rows.tokens.max()) + cache.tail
+        return Batch(
+            prompt_tokens=max(text.numel() for text in texts),
+            rows=rows,
+            cache_rows=copies,
+            new_tokens=max(1, cache.expected_new_tokens or 0),
+            seen_tokens=seen,
+            stored_tokens=cache.stored_tokens(),
+            stored_bytes=cache.held_bytes(),
+        )
 
-    def _smaller_chunk(self, chunk: int | None, config: PrefillConfig, prompt_tokens: int, error: Exception) -> int:
-        if chunk is None:
-            assert isinstance(config.chunk_tokens, int), "'auto' has become a number"
-            chunk = min(config.chunk_tokens, prompt_tokens)
-        if chunk // 2 < _LEAST_CHUNK:
-            raise error
+    def _first_chunk(self, cache: ImdcCache, batch: Batch, backend: Backend, device: torch.device) -> int | None:
+        """The mean chunk that `memory_limit` allows, where the config asks for "auto"."""
+        if isinstance(self.config.chunk_tokens, int):
+            return None
+        if cache.phase == "decode":
+            # The prefill left room for compressing again, and a generation is not refused half way.
+            return batch.prompt_tokens
+        return self._fitting_chunk(batch, backend, device)
+
+    def _fitting_chunk(self, batch: Batch, backend: Backend, device: torch.device) -> int:
+        shape = ModelShape.from_model(self.parts.model)
+        free = _free_bytes(device) if isinstance(self.config.memory_limit, float) else None
+        limit = limit_bytes(self.config, None if free is None else free + shape.weights + batch.stored_bytes)
+        config = replace(self.config, backend=backend.name)
+        return fit_chunk(shape, batch, config, limit, device=device.type)
+
+    def _smaller_chunk(self, chunk: int, batch: Batch, backend: Backend, device: torch.device) -> int:
+        """The mean chunk to begin again with after running out of memory."""
+        shape = ModelShape.from_model(self.parts.model)
+        free = _free_bytes(device)
+        limit = None if free is None else free + shape.weights + batch.stored_bytes
+        config = replace(self.config, backend=backend.name)
+        smaller = smaller_chunk(shape, batch, config, chunk, limit, device=device.type)
         warnings.warn(
-            f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {chunk // 2}",
+            f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {smaller}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return chunk // 2
+        return smaller
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What the device has free for a prefill."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _free_bytes(device: torch.device) -> int | None:
+    """What the device has free for a prefill; None where the system does not tell."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):
+            return None
+        # The caching allocator holds blocks that it would use again.
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0] + unused)
+    try:
+        # Linux counts what it can reclaim, such as cached files, as available.
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _distinct(prompts: list[Tensor]) -> tuple[list[int], list[int]]:

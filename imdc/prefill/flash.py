@@ -7,26 +7,11 @@ beside the output; they differ in module, in the keyword that asks for it, and i
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-
-# (module, generation), newest first. Generation 4 is a part of the package of generation 2.
-_HOMES = (("flash_attn.cute", 4), ("flash_attn_interface", 3), ("flash_attn", 2))
-
-
-def find_flash() -> tuple[str, int] | None:
-    """(module, generation) of the newest flash-attn that is installed, None if there is none."""
-    for module, generation in _HOMES:
-        try:
-            if importlib.util.find_spec(module) is not None:
-                return module, generation
-        except ModuleNotFoundError:
-            continue
-    return None
 
 
 def flash_attention(module: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, did_you_mean
 from imdc.prefill.backends import Backend
+from imdc.schedule import observing_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,6 @@ class Observation:
 
 
 Observer = Callable[[Observation], Tensor]
-
-
-def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
-    """How many of the last queries vote by their attention; None for observers that score without queries.
-
-    Tail rows ride along for "prompt_tail" alone, but for all of them while an answer is compressed.
-    """
-    if config.observer == "all_queries":
-        return chunk_tokens + tail_rows
-    if config.observer == "prompt_tail" and tail_rows:
-        return tail_rows
-    if config.observer in ("prompt_tail", "window"):
-        return min(config.observation_tokens, chunk_tokens) + tail_rows
-    return None
 
 
 def _mass(seen: Observation) -> Tensor:

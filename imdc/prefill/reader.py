@@ -164,13 +164,9 @@ class Reader:
     ) -> None:
         report = StepReport(
             row=number,
-            index=step.index,
+            step=step,
             step_count=count,
             prompt_tokens=prompt_tokens,
-            tokens_read=step.start + step.chunk_tokens,
-            chunk_tokens=step.chunk_tokens,
-            memory_before=step.memory_before,
-            memory_after=step.memory_after,
             seconds=seconds,
             kv_bytes=self.finished_bytes + row.nbytes(),
             retention=retention,

@@ -11,9 +11,9 @@ from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.model.parts import Parts
 from imdc.prefill.backends import Backend
-from imdc.prefill.observers import Observation, Observer, observing_rows
+from imdc.prefill.observers import Observation, Observer
 from imdc.prefill.renumber import Tables, moved
-from imdc.schedule import Step
+from imdc.schedule import Step, observing_rows
 
 
 class Workspace:

@@ -17,8 +17,8 @@ from imdc.errors import UnsupportedCallError
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.footprint import balanced_steps
-from imdc.positions import fitted, last_position, misfit
-from imdc.schedule import Step, tail_rows, widest_step
+from imdc.positions import compact_positions, fitted, last_position, misfit, widest_step
+from imdc.schedule import Step, tail_rows
 
 _VOTING = ("prompt_tail", "window", "all_queries")
 
@@ -66,16 +66,19 @@ class TurnPlanner:
         row = Row.empty(len(self.parts.windows))
         if not self.parts.full_layers or self.config.positions == "original":
             return self._checked(self._planned(row, prompt))
-        tokens, window = prompt.numel(), self.parts.trained_window
-        if self.config.positions == "compact" or tokens > window:
+        if self._compact(prompt, None):
             return self._checked(self._planned(row, prompt, compact=True))
         open_end = self.new_tokens is None and self.parts.rope_type == "longrope"
-        if open_end or last_position(0, tokens, self.new_tokens) > window:
+        if open_end or self._compact(prompt, self.new_tokens):
             turn = self._planned(row, prompt, compact=True)
             if self._misfit(turn) is None:
                 return turn
         # The answer alone passes the window, as it does without imdc.
         return self._checked(self._planned(row, prompt))
+
+    def _compact(self, prompt: Tensor, new_tokens: int | None) -> bool:
+        window, full = self.parts.trained_window, len(self.parts.full_layers)
+        return compact_positions(0, prompt.numel(), new_tokens, window, self.config, full)
 
     def further(self, row: Row, prompt: Tensor, *, can_reread: bool = False) -> RowTurn:
         """The turn of a row that goes on from earlier ones.

@@ -7,7 +7,6 @@ packed operands of a matrix product) stays unseen; the process's resident memory
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -166,10 +165,14 @@ def peak_resident_bytes() -> int | None:
         return None
 
 
-def reset_peak_resident() -> None:
-    """Let `peak_resident_bytes` start anew, through Linux's /proc/self/clear_refs; elsewhere nothing happens."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
+def reset_peak_resident() -> bool:
+    """Let `peak_resident_bytes` start anew, through Linux's /proc/self/clear_refs; False where that is not possible."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+        return True
+    except OSError:
+        return False
 
 
 def return_free_heap() -> None:
@@ -178,3 +181,41 @@ def return_free_heap() -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
+
+
+class PeakMemory:
+    """Peak memory inside the `with` block, above what was in use at its start.
+
+    On CUDA the peak that torch's allocator counts; elsewhere the process's resident memory, as the system counts it.
+
+    Attributes:
+        bytes: the peak; None where the system does not tell (no /proc, or its peak cannot be reset).
+        kind: "allocated on cuda" or "resident", for a table's heading.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is measured before the block is entered."""
+        self.bytes: int | None = None
+        self._cuda = CudaAllocations(device) if device.type == "cuda" else None
+        self.kind = "resident" if self._cuda is None else "allocated on cuda"
+        self._start: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        """Note what is in use now."""
+        if self._cuda is not None:
+            self._cuda.__enter__()
+            return self
+        return_free_heap()
+        if reset_peak_resident():
+            self._start = resident_bytes()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop measuring and set `bytes`."""
+        peak = self._cuda.take_peak() if self._cuda is not None else peak_resident_bytes()
+        if self._cuda is not None:
+            self.bytes = peak
+        elif peak is not None and self._start is not None:
+            self.bytes = peak - self._start

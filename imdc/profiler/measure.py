@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from imdc.config import PrefillConfig
+from imdc.config import UNPATCHED, PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
 from imdc.planner.footprint import StepFootprint, predict, predict_unpatched
 from imdc.prefill.patch import patch
 from imdc.profiler.allocations import (
@@ -35,8 +36,6 @@ from imdc.profiler.allocations import (
 )
 from imdc.report import StepReport
 from imdc.schedule import Step
-
-UNPATCHED = "unpatched"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +177,7 @@ def measure(
         cache = handle.new_cache()
         model(input_ids, logits_to_keep=1, **{hf.CACHE_NAME: cache})
     assert handle.report is not None, "the prefill has run"
-    steps = [
-        Step(
-            report.index,
-            report.tokens_read - report.chunk_tokens,
-            report.chunk_tokens,
-            report.memory_before,
-            report.memory_after,
-        )
-        for report in reports
-    ]
+    steps = [report.step for report in reports]
     shape = ModelShape.from_model(model)
     predicted = predict(shape, config, steps, backend=handle.report.backend, compact=bool(cache.compact))
     return MeasuredPrefill(
@@ -213,8 +203,8 @@ def measure_unpatched(model: PreTrainedModel, input_ids: Tensor) -> MeasuredPref
         del output
     shape = ModelShape.from_model(model)
     tokens = input_ids.shape[1]
-    values |= {"kv_bytes": predict_unpatched(shape, tokens).memory, "retention": ()}
-    step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, tokens), **values)
+    values |= {"kv_bytes": predict_unpatched(shape, Batch(tokens)).memory, "retention": ()}
+    step = MeasuredStep(step=Step(0, 0, tokens, 0, tokens), predicted=predict_unpatched(shape, Batch(tokens)), **values)
     layers: Any = meter.layers
     own, *_ = hf.attention_implementations(layer.self_attn for layer in layers)
     return MeasuredPrefill(UNPATCHED, tokens, own, None, shape.weights, (step,))
