@@ -25,12 +25,12 @@ from rich.table import Table
 
 from imdc.cli.answer import answer, quiet_transformers, read_document
 from imdc.cli.prompts import Haystack, build_haystack, encode_prompt, number_needle
-from imdc.config import BALANCES, OBSERVERS, PrefillConfig
+from imdc.config import BALANCES, PrefillConfig
 from imdc.errors import ImdcError
 from imdc.model.loading import find_smollm2_gguf, load_model
+from imdc.observers import OBSERVERS
 
 SCHEDULES = ("fm", "im", "imdc")
-QUERY_AWARE = ("prompt_tail",)
 _SHALLOWEST, _DEEPEST = 0.05, 0.95
 _NEW_TOKENS = 32
 # Titles, tables of contents and licences lie at the ends of the books.
@@ -161,7 +161,7 @@ def table(rows: Sequence[Row], args: argparse.Namespace) -> Table:
             shown.add_row("full attention", "yes", *[f"{row.accuracy:.0%}"] * len(args.schedules))
     for observer in args.observers:
         found = {row.schedule: f"{row.accuracy:.0%}" for row in rows if row.observer == observer}
-        aware = "yes" if observer in QUERY_AWARE else "no"
+        aware = "yes" if OBSERVERS[observer].query_aware else "no"
         shown.add_row(observer, aware, *(found[schedule] for schedule in args.schedules))
     return shown
 
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
-    parser.add_argument("--observers", nargs="+", choices=OBSERVERS, default=OBSERVERS)
+    parser.add_argument("--observers", nargs="+", choices=list(OBSERVERS), default=list(OBSERVERS))
     parser.add_argument("--balance", choices=BALANCES, default=PrefillConfig().balance, help="of imdc's chunks")
     parser.add_argument("--skip-full", action="store_true", help="leave out the unpatched model")
     parser.add_argument("--seed", type=int, default=0)

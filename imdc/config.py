@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from imdc.errors import ConfigError, did_you_mean
+from imdc.observers import OBSERVERS, Observer, find_observer
 
 SCHEDULES = ("imdc", "im", "fm", "full")
 # The model's own prefill, where it stands beside the schedules.
 UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
-OBSERVERS = ("prompt_tail", "window", "all_queries", "sink_recent", "key_diff", "random")
 POSITIONS = ("auto", "original", "compact")
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
@@ -52,7 +52,7 @@ class PrefillConfig:
             out, less where compact positions would not fit the model's window.
         memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
         observer: whose attention decides what is retained: "prompt_tail", "window", "all_queries", "sink_recent",
-            "key_diff" or "random".
+            "key_diff", "random", or an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
         pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
@@ -77,7 +77,7 @@ class PrefillConfig:
     # Large enough to keep the matrix products of a GPU busy; memory is then twice the chunk.
     chunk_tokens: int | str = DefaultSize(2048)
     memory_limit: int | float | None = None
-    observer: str = "prompt_tail"
+    observer: str | Observer = "prompt_tail"
     observation_tokens: int = 16
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
@@ -92,7 +92,9 @@ class PrefillConfig:
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
         for name, choices in CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            if name != "observer":
+                _check_choice(name, getattr(self, name), choices)
+        find_observer(self.observer)
         for name, least in _LEAST.items():
             _check_int(name, getattr(self, name), least)
         if self.pool_kernel % 2 == 0:
@@ -151,6 +153,10 @@ class PrefillConfig:
         elif self.memory_limit is not None:
             _check_int("memory_limit", self.memory_limit, 1)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The options by name, an observer of the user's own by its name; values for JSON."""
+        return {**{name: getattr(self, name) for name in option_names()}, "observer": str(self.observer)}
+
     @property
     def levels_bytes(self) -> bool:
         """Whether the chunks depend on the sizes of the model."""
@@ -191,7 +197,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "schedule": SCHEDULES,
     "growth": GROWTHS,
     "balance": BALANCES,
-    "observer": OBSERVERS,
+    "observer": tuple(OBSERVERS),
     "positions": POSITIONS,
     "backend": BACKENDS,
 }

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
+from imdc.observers import find_observer
 
 # Below some hundred tokens a step takes as long as reading the weights does, however few they are. Larger chunks keep
 # IMDC from levelling: SmolLM2's peak at M = 1.8C falls by 19% with a quarter and by 24% with a sixteenth.
@@ -76,13 +77,13 @@ def attention_pairs(steps: Iterable[Step]) -> int:
 
 
 def tail_rows(steps: Sequence[Step], config: PrefillConfig, *, full_layers: int) -> list[int]:
-    """Prompt-tail rows that ride along with each step of a prefill for the observer "prompt_tail".
+    """Prompt-tail rows that ride along with each step of a prefill, for observers that ask for it.
 
     None do where nothing is dropped, nor with the last chunk, which holds them itself; none at all in a model whose
     layers all have sliding windows: nothing is compressed there.
     """
     rows = min(config.observation_tokens, sum(step.chunk_tokens for step in steps))
-    if config.observer != "prompt_tail" or not full_layers:
+    if not find_observer(config.observer).rides_along or not full_layers:
         rows = 0
     return [rows if step is not steps[-1] and step.memory_after < step.attended_tokens else 0 for step in steps]
 
@@ -90,15 +91,14 @@ def tail_rows(steps: Sequence[Step], config: PrefillConfig, *, full_layers: int)
 def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
     """How many of a step's last queries vote by their attention; None for observers that score without queries.
 
-    Tail rows ride along for "prompt_tail" alone, but for all of them while an answer is compressed.
+    Tail rows take the place of the chunk's own queries where the observer lets them ride along. While an answer is
+    compressed they ride along with every observer that asks for queries.
     """
-    if config.observer == "all_queries":
-        return chunk_tokens + tail_rows
-    if config.observer == "prompt_tail" and tail_rows:
-        return tail_rows
-    if config.observer in ("prompt_tail", "window"):
-        return min(config.observation_tokens, chunk_tokens) + tail_rows
-    return None
+    observer = find_observer(config.observer)
+    queries = observer.queries(config, chunk_tokens)
+    if queries is None or (observer.rides_along and tail_rows):
+        return None if queries is None else tail_rows
+    return queries + tail_rows
 
 
 @dataclass(frozen=True, slots=True)

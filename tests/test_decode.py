@@ -124,7 +124,8 @@ def test_a_memory_that_fills_the_window_refuses_an_answer_before_anything_is_com
             with torch.no_grad():
                 cache = handle.new_cache()
                 model(prompt(100), past_key_values=cache, logits_to_keep=1)
-                model(prompt(28), past_key_values=cache, logits_to_keep=1)
+                for _ in range(28):
+                    model(prompt(1), past_key_values=cache, logits_to_keep=1)
                 stored = cache.stored_tokens()
                 with pytest.raises(UnsupportedCallError, match="decoding reaches position 129 of compact positions"):
                     model(prompt(1), past_key_values=cache, logits_to_keep=1)

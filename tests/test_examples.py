@@ -55,6 +55,12 @@ def test_a_chat_stays_within_its_budget() -> None:
     assert "53124" in said
 
 
+def test_an_observer_of_the_users_own() -> None:
+    said = run("own_observer.py").splitlines()
+    assert [line.partition(":")[0] for line in said[-2:]] == ["prompt_tail", "heavy_values"]
+    assert all("planned peak" in line for line in said[-2:])
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     assert [name for name in EXAMPLES if f'run("{name}"' not in source] == []

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 import imdc
 from imdc.cache.layers import MemoryLayer
-from imdc.config import BALANCES, GROWTHS, OBSERVERS, SCHEDULES
+from imdc.config import BALANCES, GROWTHS, SCHEDULES
 from imdc.errors import UnsupportedCallError
+from imdc.observers import OBSERVERS
 from imdc.prefill.step import StepRun
 
 EXAMPLES = int(os.environ.get("IMDC_FUZZ_EXAMPLES", "0"))
@@ -258,7 +259,7 @@ def calls(draw: st.DrawFn) -> Call:
         "schedule": draw(st.sampled_from(SCHEDULES)),
         "growth": draw(st.sampled_from(GROWTHS)),
         "balance": draw(st.sampled_from(BALANCES)),
-        "observer": draw(st.sampled_from(OBSERVERS)),
+        "observer": draw(st.sampled_from(list(OBSERVERS))),
         "positions": draw(st.sampled_from(["original", "compact", "auto"])),
         "memory_tokens": memory,
         "chunk_tokens": draw(st.integers(6, 64)),

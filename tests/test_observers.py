@@ -11,9 +11,11 @@ from tiny_models import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imdc
+import imdc.errors
 from imdc.config import PrefillConfig
+from imdc.observers import OBSERVERS, AttentionObserver, Observer, find_observer
 from imdc.prefill.backends import REFERENCE, SDPA, Backend
-from imdc.prefill.observers import OBSERVERS, Observation, get_observer
+from imdc.prefill.observation import Observation
 
 B, HQ, HKV, D = 1, 6, 2, 16
 
@@ -29,7 +31,7 @@ def observation(
         observer=observer, observation_tokens=4, pool_kernel=pool, memory_tokens=16, sink_tokens=2, recent_tokens=2
     )
     return Observation(
-        q=q, k=k, lse=lse, scale=0.25, softcap=None, chunk_tokens=chunk, tail_rows=tail, layer=1, step=2,
+        q=q, k=k, v=v, lse=lse, scale=0.25, softcap=None, chunk_tokens=chunk, tail_rows=tail, layer=1, step=2,
         config=config, backend=backend,
     )  # fmt: skip
 
@@ -61,7 +63,7 @@ def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
     backend: Backend, observer: str, tail: int, rows: int
 ) -> None:
     seen = observation(observer, backend, tail=tail)
-    scores = get_observer(observer)(seen)
+    scores = find_observer(observer).score(seen)
     torch.testing.assert_close(scores.double(), dense_mass(seen, rows), atol=1e-6, rtol=1e-5)
 
 
@@ -79,15 +81,15 @@ def test_pooling_over_the_wrong_heads_would_be_seen() -> None:
 
 
 def test_max_pooling_keeps_neighbours() -> None:
-    plain = get_observer("window")(observation("window", REFERENCE, tail=0))
-    pooled = get_observer("window")(observation("window", REFERENCE, tail=0, pool=5))
+    plain = find_observer("window").score(observation("window", REFERENCE, tail=0))
+    pooled = find_observer("window").score(observation("window", REFERENCE, tail=0, pool=5))
     for j in range(plain.shape[-1]):
         assert torch.equal(pooled[..., j], plain[..., max(0, j - 2) : j + 3].amax(-1))
 
 
 def test_sink_recent_prefers_the_latest() -> None:
     seen = observation("sink_recent", REFERENCE, tail=0)
-    chosen = REFERENCE.select(OBSERVERS["sink_recent"](seen), 8, sink_tokens=2, recent_tokens=2)
+    chosen = REFERENCE.select(OBSERVERS["sink_recent"].score(seen), 8, sink_tokens=2, recent_tokens=2)
     assert chosen[0, 0].tolist() == [0, 1, 26, 27, 28, 29, 30, 31]
 
 
@@ -95,13 +97,13 @@ def test_key_diff_drops_what_is_like_the_mean() -> None:
     seen = observation("key_diff", REFERENCE, tail=0)
     seen.k[:] = 1.0
     seen.k[:, :, 7] = -1.0
-    assert OBSERVERS["key_diff"](seen).argmax(-1).tolist() == [[7, 7]]
+    assert OBSERVERS["key_diff"].score(seen).argmax(-1).tolist() == [[7, 7]]
 
 
 def test_random_differs_by_layer_and_step_and_repeats() -> None:
     seen = observation("random", REFERENCE, tail=0)
     again = observation("random", REFERENCE, tail=0)
-    assert torch.equal(OBSERVERS["random"](seen), OBSERVERS["random"](again))
+    assert torch.equal(OBSERVERS["random"].score(seen), OBSERVERS["random"].score(again))
 
 
 class _Largest(TorchDispatchMode):
@@ -162,3 +164,64 @@ def test_retention_is_the_share_of_memory_that_survives() -> None:
             continue
         kept = 2 + max(0, step.memory_after - 2 - step.chunk_tokens)
         assert full == pytest.approx(kept / step.memory_before)
+
+
+class LongKeys(Observer):
+    """A user's own: keys of the largest norm stay."""
+
+    name = "long_keys"
+
+    def score(self, seen: Observation) -> torch.Tensor:
+        return seen.k[:, :, : seen.scored_keys].float().norm(dim=-1)
+
+    def scratch_bytes(self, keys: int, kv_heads: int, head_dim: int) -> int:
+        return 4 * keys * kv_heads * head_dim
+
+
+class HeavyValues(AttentionObserver):
+    """A user's own: attention mass times the norm of the value, as in VATP (arXiv 2406.12335)."""
+
+    name, query_aware, rides_along = "heavy_values", True, True
+
+    def score(self, seen: Observation) -> torch.Tensor:
+        return seen.mass() * seen.v[:, :, : seen.scored_keys].float().norm(p=1, dim=-1)
+
+
+@pytest.mark.parametrize("own", [LongKeys(), HeavyValues()], ids=str)
+def test_an_observer_of_the_users_own_goes_through_plan_and_engine(own: Observer) -> None:
+    model, ids = FAMILIES["llama"](), torch.randint(3, 128, (1, 300))
+    options: dict[str, object] = {"memory_tokens": 48, "chunk_tokens": 40, "sink_tokens": 2, "recent_tokens": 8}
+    plan = imdc.plan(model, 300, observer=own, device="cpu", **options)
+    assert plan.to_dict()["config"]["observer"] == own.name
+    stored = []
+    for observer in (own, "sink_recent"):
+        with imdc.patch(model, observer=observer, decode_tokens=8, **options) as handle:
+            cache = handle.new_cache()
+            model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=0)
+            assert handle.report is not None and handle.report.memory_tokens == 48
+            assert [step.chunk_tokens for step in handle.report.steps] == [step.chunk_tokens for step in plan.steps]
+            stored.append(cache.layers[1].keys.clone())
+    assert not torch.equal(*stored)
+
+
+@pytest.mark.parametrize("name", ["", "window"])
+def test_an_observer_needs_a_name_of_its_own(name: str) -> None:
+    own = LongKeys()
+    own.name = name
+    with pytest.raises(imdc.errors.ConfigError, match=r"LongKeys\(\) has name="):
+        PrefillConfig(observer=own)
+
+
+def test_an_observer_without_queries_cannot_ask_for_mass() -> None:
+    class Confused(LongKeys):
+        name = "confused"
+
+        def score(self, seen: Observation) -> torch.Tensor:
+            return seen.mass()
+
+    model = FAMILIES["llama"]()
+    with (
+        imdc.patch(model, observer=Confused(), memory_tokens=48, chunk_tokens=40) as handle,
+        pytest.raises(imdc.errors.ConfigError, match="AttentionObserver"),
+    ):
+        model(torch.randint(3, 128, (1, 300)), past_key_values=handle.new_cache(), logits_to_keep=1)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from imdc.cli.main import build_parser
-from imdc.config import GROWTHS, OBSERVERS, SCHEDULES, PrefillConfig
+from imdc.config import GROWTHS, SCHEDULES, PrefillConfig
+from imdc.observers import OBSERVERS
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 

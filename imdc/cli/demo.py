@@ -6,14 +6,14 @@ import argparse
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imdc.cli.answer import Reading, answer, quiet_transformers
 from imdc.cli.options import add_config_options, config_from
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
-from imdc.model.loading import SMOLLM2_HUB_ID, SMOLLM2_INSTALL, LoadError, find_smollm2_gguf, load_model
+from imdc.model.loading import SMOLLM2_HUB_ID, SMOLLM2_INSTALL, LoadError, faster_dtype, find_smollm2_gguf, load_model
 from imdc.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Outcome:
         """Values for `--json`."""
         return {
             "model": self.model,
-            "config": asdict(self.config),
+            "config": self.config.as_dict(),
             "fact": self.haystack.needle.sentence,
             "fact_at_token": self.haystack.needle_token,
             "question": self.haystack.needle.question,
@@ -76,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--depth", type=float, default=0.5, help="where the fact is hidden, 0 to 1 (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the fact (default: 0)")
     parser.add_argument("--hub", action="store_true", help=f"take {SMOLLM2_HUB_ID} from the hub (about 270 MB)")
-    parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, or float32 on a processor where that is faster")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_config_options(parser, DEFAULTS)
 
@@ -96,7 +96,7 @@ def compute(args: argparse.Namespace) -> Outcome:
     if not 0.0 <= args.depth <= 1.0:
         raise ConfigError(f"--depth must be within 0 and 1, got {args.depth}")
     quiet_transformers()
-    model, tokenizer = _load(args.hub, args.dtype)
+    model, tokenizer = _load(args.hub, args.dtype or faster_dtype())
     haystack = build_haystack(
         tokenizer,
         reference_text(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from imdc.cli.answer import Reading, answer, choose_device, quiet_transformers, read_document
@@ -25,7 +25,7 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """Values for `--json`."""
-        values: dict[str, Any] = {"model": self.model, "config": asdict(self.config), **self.patched.as_json()}
+        values: dict[str, Any] = {"model": self.model, "config": self.config.as_dict(), **self.patched.as_json()}
         if self.full is not None:
             values["full"] = self.full.as_json()
         return values

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
 from imdc.model.shape import ModelShape
+from imdc.observers import find_observer
 from imdc.schedule import Step, observing_rows
 
 # Elements of one float32 score block of the reference kernels (imdc.kernels.reference).
@@ -191,12 +192,12 @@ def _scoring(work: Work) -> int:
     """Bytes of the observer's temporaries, scores included."""
     shape, candidates = work.shape, work.step.attended_tokens
     total = candidates + work.tail
-    if work.config.observer == "key_diff":
-        return 8 * candidates * shape.kv_heads * shape.head_dim
+    observer = find_observer(work.config.observer)
+    scratch = observer.scratch_bytes(candidates, shape.kv_heads, shape.head_dim)
     mass = 4 * shape.kv_heads * total
     if not work.observing_rows or work.backend in ("triton", "flash"):
-        return 2 * mass
-    return mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total)
+        return max(scratch, 2 * mass) if scratch and not work.observing_rows else 2 * mass + scratch
+    return scratch + mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total)
 
 
 def _selection(work: Work) -> int:

@@ -127,7 +127,7 @@ class Plan:
             "prompt_tokens": self.prompt_tokens,
             "rows": self.batch.rows,
             "new_tokens": self.batch.new_tokens,
-            "config": asdict(self.config),
+            "config": self.config.as_dict(),
             "model": asdict(self.shape),
             "backend": self.backend,
             "compact": self.compact,

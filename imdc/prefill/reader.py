@@ -14,9 +14,9 @@ from imdc.config import PrefillConfig
 from imdc.kernels.reference import rotate
 from imdc.model import hf
 from imdc.model.parts import Parts
+from imdc.observers import find_observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
-from imdc.prefill.observers import get_observer
 from imdc.prefill.renumber import moved
 from imdc.prefill.step import StepRun, Workspace
 from imdc.prefill.turn import RowTurn
@@ -53,7 +53,7 @@ class Reader:
         self.parts, self.forward = parts, forward
         self.backend, self.on_step = backend, on_step
         self.workspace = Workspace()
-        self.observer = get_observer(config.observer)
+        self.observer = find_observer(config.observer)
         self.reports: list[StepReport] = []
         self.finished_bytes = 0
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.model.parts import Parts
+from imdc.observers import Observer
 from imdc.prefill.backends import Backend
-from imdc.prefill.observers import Observation, Observer
+from imdc.prefill.observation import Observation
 from imdc.prefill.renumber import Tables, moved
 from imdc.schedule import Step, observing_rows
 
@@ -106,7 +107,7 @@ class StepRun:
             q = self.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
         drops = window is None and self.step.memory_after < candidates
-        if drops and self._votes is not None and self.backend.compress_step is not None:
+        if drops and self._votes is not None and self.observer.is_mass and self.backend.compress_step is not None:
             out, kept_k, kept_v, chosen = self.backend.compress_step(
                 q,
                 turned,
@@ -125,9 +126,10 @@ class StepRun:
             self._count_retained(layer, chosen, stored)
             return out
         out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
-        scores = self.observer(self._observation(layer, q, turned, lse, scale, softcap)) if drops else None
+        seen = self._observation(layer, q, turned, values, lse, scale, softcap)
+        scores = self.observer.score(seen) if drops else None
         # Rotated copies have served, and a step's peak may lie in what follows.
-        del q, turned, lse
+        del q, turned, lse, seen
         if scores is not None:
             chosen = self.backend.select(
                 scores,
@@ -173,11 +175,12 @@ class StepRun:
         )
 
     def _observation(
-        self, layer: int, q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, softcap: float | None
     ) -> Observation:
         return Observation(
             q=q,
             k=k,
+            v=v,
             lse=lse,
             scale=scale,
             softcap=softcap,

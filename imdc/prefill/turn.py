@@ -16,11 +16,10 @@ from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
+from imdc.observers import find_observer
 from imdc.planner.footprint import balanced_steps
 from imdc.positions import compact_positions, fitted, last_position, misfit, widest_step
 from imdc.schedule import Step, tail_rows
-
-_VOTING = ("prompt_tail", "window", "all_queries")
 
 
 class HistoryLostError(UnsupportedCallError):
@@ -130,7 +129,7 @@ class TurnPlanner:
             turn = self._planned(row, token, config=config)
         else:
             turn = self._planned(row, token, compact=row.compact)
-        if question is not None and full and self.config.observer in _VOTING:
+        if question is not None and full and find_observer(self.config.observer).queries(self.config, 1) is not None:
             step = turn.steps[0]
             rows = question.numel() if step.memory_after < step.attended_tokens else 0
             room = window - row.position - 1

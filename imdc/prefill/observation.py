@@ -1,0 +1,75 @@
+"""What an observer sees of one layer of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imdc.config import PrefillConfig
+from imdc.errors import ConfigError
+from imdc.prefill.backends import Backend
+from imdc.schedule import observing_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One layer of one step, after its attention.
+
+    Attributes:
+        q: queries [1, Hq, Q, D]: the chunk, then the tail rows that ride along.
+        k: keys [1, Hkv, T, D]: memory | chunk | tail rows.
+        v: values [1, Hkv, T, D].
+        lse: log-sum-exp of the logits, float32 [1, Hq, Q].
+        scale: factor on the logits.
+        softcap: cap of the logits, or None.
+        chunk_tokens: queries of the chunk itself.
+        tail_rows: queries of the prompt tail after them, 0 if none ride along.
+        layer: number of the layer.
+        step: number of the step.
+        config: the options of the prefill.
+        backend: who computes.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    scale: float
+    softcap: float | None
+    chunk_tokens: int
+    tail_rows: int
+    layer: int
+    step: int
+    config: PrefillConfig
+    backend: Backend
+
+    @property
+    def scored_keys(self) -> int:
+        """Keys of memory | chunk, the candidates."""
+        return self.k.shape[2] - self.tail_rows
+
+    def mass(self) -> Tensor:
+        """Attention mass of the candidates, pooled as the config says, float32 [1, Hkv, scored_keys].
+
+        The mean over the observing queries of `imdc.observers.Observer.queries` and over the query heads of a KV group.
+
+        Raises:
+            ConfigError: the observer names no queries.
+        """
+        rows = observing_rows(self.config, self.chunk_tokens, self.tail_rows)
+        if rows is None:
+            raise ConfigError(
+                f"observer={str(self.config.observer)!r} asks for attention mass, but its queries() gives None; derive "
+                f"it from imdc.observers.AttentionObserver"
+            )
+        return self.backend.key_mass(
+            self.q,
+            self.k,
+            self.lse,
+            scale=self.scale,
+            rows=rows,
+            scored_keys=self.scored_keys,
+            softcap=self.softcap,
+            pool_kernel=self.config.pool_kernel,
+        )
