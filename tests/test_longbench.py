@@ -86,6 +86,7 @@ def test_every_answer_is_a_line_with_its_costs(finished: Path) -> None:
     for sample in samples:
         assert sample["prompt_tokens"] > 256 and len(sample["prompt_sha"]) == 16 and sample["official_prompt"]
         assert 0 <= sample["score"] <= 1 and 0 < sample["ttft_seconds"] <= sample["seconds"]
+        assert sample["ttft_cpu_seconds"] > 0
         assert sample["new_tokens"] <= {"hotpotqa": 32, "lcc": 64}[sample["task"]]
         if sample["way"] == "full":
             assert "plan" not in sample

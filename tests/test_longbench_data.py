@@ -198,7 +198,8 @@ def sample(way: Any, task: str, number: int, score: float | None, length: int | 
     values = {"way": way.name, "key": way.key, "task": task, "id": str(number), "length": length, "prompt_tokens": 100}
     if score is None:
         return {**values, "error": "out of memory"}
-    costs = {"ttft_seconds": 2.0 if way.name == "full" else 1.0, "seconds": 3.0, "decode_tokens_per_second": 10.0}
+    first = 2.0 if way.name == "full" else 1.0
+    costs = {"ttft_seconds": first, "ttft_cpu_seconds": 2 * first**2, "seconds": 3.0, "decode_tokens_per_second": 10.0}
     return {**values, **costs, "score": score, "peak_bytes": 1000 * number, "peak_kind": "resident"}
 
 
@@ -234,7 +235,8 @@ def test_ratios_are_over_what_both_have_answered(tasks: ModuleType, ways: Module
     assert line.against["full"]["imdc"].value == pytest.approx(0.5) and line.against["full"]["imdc"].count == 1
     costs = scores.costs(samples, [full, imdc])
     assert costs["full"]["failed"] == 1 and costs["imdc"]["answers"] == 2
-    assert costs["imdc"]["ttft_against full"] == pytest.approx(0.5)
+    assert costs["imdc"]["ttft_seconds against full"] == pytest.approx(1 / 2)
+    assert costs["imdc"]["ttft_cpu_seconds against full"] == pytest.approx(1 / 4)
     assert scores.lines([], [tasks.get_task("qasper")], [full, imdc], 0) == []
 
 
