@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,12 +21,13 @@ from typing import Any
 
 import torch
 from longbench_data import Record, in_order, load
+from longbench_model import load_harness
 from longbench_progress import Progress
 from longbench_prompt import PROTOCOLS, encode, official_length
 from longbench_read import read
 from longbench_report import Results, draw, markdown, summarize
 from longbench_store import Store, StoreError, unite
-from longbench_tasks import INSTALL, TaskError, choose_tasks
+from longbench_tasks import choose_tasks
 from longbench_ways import Amount, Way, WayError, parse_ways
 from record import circumstances
 
@@ -35,7 +35,6 @@ from imdc.cli.answer import choose_device, quiet_transformers
 from imdc.cli.options import add_config_options, given_options
 from imdc.config import OBSERVERS, PrefillConfig
 from imdc.errors import ImdcError
-from imdc.model.loading import load_model
 
 _UNFINISHED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
     started = {**circumstances(), "rank": rank, "processes": world, "device": str(device)}
     started["versions"] |= {name: version(name) for name in ("lm-eval", "rouge", "jieba")}
-    lm = load_harness(args, device)
+    lm = load_harness(args.model, args.gguf_file, args.dtype, device)
     window = getattr(lm.config, "max_position_embeddings", None)
     max_length = official_length(window, args.max_length) if args.protocol == "official" else None
     settings = {
@@ -107,23 +106,6 @@ def run(args: argparse.Namespace) -> int:
         }
         report(results, settings, chosen, store, started)
     return 0 if finished else _UNFINISHED
-
-
-def load_harness(args: argparse.Namespace, device: torch.device) -> Any:
-    """The model and its tokenizer inside lm-eval's `HFLM`, which tokenizes, fills chat templates and generates.
-
-    Raises:
-        TaskError: lm-eval is not installed.
-        LoadError: the model cannot be loaded.
-    """
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise TaskError(f"LongBench runs on lm-evaluation-harness: {INSTALL}") from error
-    # It warns of what is done here on purpose: a model that is loaded already.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model, tokenizer = load_model(args.model, gguf_file=args.gguf_file, dtype=args.dtype, device=device)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, backend="causal")
 
 
 def select(
