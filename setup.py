@@ -59,7 +59,8 @@ setup(
         "demo": ["accelerate>=1.1", "gguf>=0.17"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "flash": ["flash-attn>=2.7"],
-        "bench": ["accelerate>=1.1", "gguf>=0.17"],
+        # 0.4.13 is the release whose LongBench prompts bench/longbench_tasks.py corrects.
+        "bench": ["accelerate>=1.1", "gguf>=0.17", "lm-eval[longbench]>=0.4.13", "matplotlib>=3.8"],
         "plot": ["matplotlib>=3.8"],
         "dev": DEV,
     },

@@ -88,6 +88,11 @@ def test_the_same_adapters_are_accepted_also_where_a_layer_is_compiled(tmp_path:
 
 def test_adapters_of_peft_are_told_apart(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
+    try:
+        FAMILIES["llama"]().add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    except ValueError as error:
+        # transformers 5.24 asks for a release of PEFT that is not out yet.
+        pytest.skip(f"transformers refuses PEFT {peft.__version__}: {error}")
 
     def lora(alpha: int = 8) -> PreTrainedModel:
         model = FAMILIES["llama"]()

@@ -212,12 +212,10 @@ def test_decode_tokens_bounds_the_cache_while_generating(family: str, positions:
         return torch.zeros(ids.shape[0], dtype=torch.bool)
 
     with imdc.patch(model, positions=positions, decode_tokens=16, **TIGHT) as handle:
-        make = handle.new_cache
-        caches = []
-        handle.new_cache = lambda: caches.append(make()) or caches[-1]  # type: ignore[method-assign, func-returns-value]
+        caches = [handle.new_cache()]
         output = model.generate(
             prompt(100), max_new_tokens=200, do_sample=False, pad_token_id=0, stopping_criteria=[watch],
-            prompt_lookup_num_tokens=lookup, eos_token_id=200,
+            prompt_lookup_num_tokens=lookup, eos_token_id=200, past_key_values=caches[0],
         )  # fmt: skip
         assert handle.report is not None and handle.report.prompt_tokens == 100
     # Prompt lookup of transformers 5.6 may accept a few tokens more than were asked for; that of 5.23 does not.
@@ -240,7 +238,7 @@ def test_the_prompt_tail_rides_along_only_where_something_is_compressed(family: 
 def test_auto_chunks_are_the_largest_that_the_limit_allows() -> None:
     model = FAMILIES["llama"]()
     ids = prompt(1500)
-    plan = imdc.plan(model, 1500, chunk_tokens=100, memory_tokens=64)
+    plan = imdc.plan(model, 1500, new_tokens=12, chunk_tokens=100, memory_tokens=64)
     limit = plan.peak_bytes
     with imdc.patch(model, chunk_tokens="auto", memory_limit=limit, memory_tokens=64) as handle:
         greedy(model, ids)

@@ -36,7 +36,6 @@ def limit_for(model: PreTrainedModel, chunk: int, rows: int = 1, new_tokens: int
 
 
 def generate(model: PreTrainedModel, ids: Tensor, cache: Any, new_tokens: int, **options: Any) -> Any:
-    cache.expected_new_tokens = new_tokens
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
@@ -15,12 +15,16 @@ from imdc.units import parse_bytes, parse_tokens
 _PREFIX = "config_"
 
 
-def add_config_options(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
-    """Add one option per field of PrefillConfig; `defaults` are shown in place of the field's own."""
+def add_config_options(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None, *, leave_out: Collection[str] = ()
+) -> None:
+    """Add one option per field of PrefillConfig but `leave_out`; `defaults` are shown in place of the field's own."""
     shown = defaults or {}
     texts = _help_texts()
     group = parser.add_argument_group("how the prompt is read")
     for field in fields(PrefillConfig):
+        if field.name in leave_out:
+            continue
         default = shown.get(field.name, field.default)
         group.add_argument(
             "--" + field.name.replace("_", "-"),
@@ -38,12 +42,16 @@ def config_from(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
     Raises:
         ConfigError: the values do not work together.
     """
-    given = {
+    return resolve_config(None, **{**(defaults or {}), **given_options(args)})
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of PrefillConfig that were given on the command line."""
+    return {
         name.removeprefix(_PREFIX): value
         for name, value in vars(args).items()
         if name.startswith(_PREFIX) and value is not None
     }
-    return resolve_config(None, **{**(defaults or {}), **given})
 
 
 def _help_texts() -> dict[str, str]:

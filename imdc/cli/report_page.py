@@ -23,20 +23,14 @@ def page(data: Mapping[str, Any]) -> str:
     return (
         _PAGE.replace("%TITLE%", html.escape(title))
         .replace("%VERSION%", html.escape(__version__))
+        .replace("%STYLE%", STYLE)
         .replace("%SCRIPT%", SCRIPT)
         .replace("%DATA%", values)
     )
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>imdc profile - %TITLE%</title>
-<style>
+# What all report pages look like, in light and dark; also of `bench/longbench.py`.
+STYLE = """
 :root {
   --surface: #ffffff; --ink: #1b1f24; --quiet: #5b6570; --line: #d9dee3; --plan: #1b1f24;
   --memory: #2f6db5; --workspace: #67a9a0; --working: #e0a13c; --chunk: #9a6bb3; --heat: 47, 109, 181;
@@ -82,7 +76,17 @@ th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; }
 @media (max-width: 30rem) { table { font-size: .75rem; } th, td { padding: .2rem .3rem; } }
 summary { cursor: pointer; margin-top: 2rem; }
-</style>
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>imdc profile - %TITLE%</title>
+<style>%STYLE%</style>
 </head>
 <body>
 <h1>%TITLE%</h1>

@@ -96,7 +96,7 @@ def load_model(
 
 
 def faster_dtype() -> str:
-    """ "bfloat16", or "float32" where the CPU multiplies matrices faster in it: one without bfloat16 instructions.
+    """Return "bfloat16", or "float32" where the CPU multiplies faster in it: one without bfloat16 instructions.
 
     Found by a trial of a few milliseconds, since torch has no public question for it that holds on every processor.
     """

@@ -91,7 +91,10 @@ def smaller_chunk(
     chunk, least = min(chunk, batch.prompt_tokens), least_chunk(batch)
 
     def peak(tokens: int) -> int:
-        return peak_bytes(shape, batch, with_chunk(config, tokens), device)
+        # Of reading alone: that is what ran out, however much the answer will take.
+        smaller = with_chunk(config, tokens)
+        _, footprints, _ = foresee(shape, batch, smaller, execution(shape, batch, smaller, device))
+        return max(footprint.total_bytes for footprint in footprints)
 
     lowest = peak(least)
     allowed = (lowest + peak(chunk)) // 2

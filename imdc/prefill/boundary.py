@@ -7,6 +7,7 @@ short ones are the model's own. `generate()` gets its cache here, and is held to
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,7 +51,6 @@ class Boundary:
         self,
         engine: Engine,
         own_generate: Callable[..., Any],
-        new_cache: Callable[[], ImdcCache],
         is_patched: Callable[[Any], bool],
     ) -> None:
         """`own_generate` is the model's own, as `engine.forward` is its own forward."""
@@ -59,7 +59,7 @@ class Boundary:
         self._quiet_engine = replace(engine, on_step=None, compresses=True)
         self._parts, self._config = engine.parts, engine.config
         self._own_forward, self._own_generate = engine.forward, own_generate
-        self._new_cache, self._is_patched = new_cache, is_patched
+        self._is_patched = is_patched
         self._cache_name = hf.cache_argument(type(self._parts.model).forward)
         self.report: PrefillReport | None = None
 
@@ -76,7 +76,7 @@ class Boundary:
         check_generate(request)
         check_prompt_learning(self._parts.model)
         self._check_guidance(request)
-        cache = self._new_cache() if request.cache is None else self._checked(request.cache)
+        cache = self.new_cache() if request.cache is None else self._checked(request.cache)
         turn = self._turn(request, cache)
         self._warn_of_assistant(request)
         if request.input_ids is not None and not turn.drafting:
@@ -91,6 +91,11 @@ class Boundary:
                     "version of transformers"
                 )
         return result
+
+    def new_cache(self) -> ImdcCache:
+        """An empty cache of this model."""
+        owner, can_crop = weakref.ref(self._parts.model), self._config.decode_tokens is None
+        return ImdcCache(self._parts.windows, owner=owner, can_crop=can_crop)
 
     def _turn(self, request: GenerateRequest, cache: ImdcCache) -> Turn:
         turn = Turn(request.assisted, request.drafting, new_tokens=request.new_tokens)

@@ -70,7 +70,6 @@ class Engine:
             ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
         began = time.perf_counter()
-        overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
         prompts = self._prompts(cache, input_ids, attention_mask)
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
         order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
@@ -79,6 +78,7 @@ class Engine:
         backend, _ = self.backend()
         batch = self._batch(cache, [*prompts, *anew.values()], len(unique), len(prompts))
         chunk, restarts = self._first_chunk(cache, batch, backend, device), 0
+        overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
         while True:
             planner = self.planner(chunk, cache.expected_new_tokens)
             turns = [self._turn(planner, cache, prompts[index], index, anew.get(index)) for index in unique]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -79,7 +78,7 @@ class PatchHandle:
         self._engine = Engine(parts, config, model.forward, on_step)
         # A backend that cannot serve the model is refused now rather than at the first prompt.
         self._engine.backend()
-        self._boundary = Boundary(self._engine, model.generate, lambda: self.new_cache(), is_patched)
+        self._boundary = Boundary(self._engine, model.generate, is_patched)
         self._ours: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
         self._active = False
@@ -153,11 +152,7 @@ class PatchHandle:
         A call of more than one token is a turn and read in chunks, the first one and every later one; a call of one
         token decodes. (The argument is called `cache` in transformers 5.24.)
         """
-        return ImdcCache(
-            self._parts.windows,
-            owner=weakref.ref(self._parts.model),
-            can_crop=self.config.decode_tokens is None,
-        )
+        return self._boundary.new_cache()
 
     @property
     def backend(self) -> str:
