@@ -33,8 +33,9 @@ from record import circumstances
 
 from imdc.cli.answer import choose_device, quiet_transformers
 from imdc.cli.options import add_config_options, given_options
-from imdc.config import OBSERVERS, PrefillConfig
+from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
+from imdc.observers import OBSERVERS
 
 _UNFINISHED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
@@ -261,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-tokens", default="2048", metavar="N", help="tokens, or a share of the prompt such as 1/8"
     )
     ways.add_argument("--chunk-tokens", default=str(PrefillConfig().chunk_tokens), metavar="N", help="likewise")
-    ways.add_argument("--observer", choices=OBSERVERS, default=PrefillConfig().observer)
+    ways.add_argument("--observer", choices=list(OBSERVERS), default=PrefillConfig().observer)
     add_config_options(parser, leave_out=("schedule", "observer", "memory_tokens", "chunk_tokens", "memory_limit"))
     return parser
 

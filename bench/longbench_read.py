@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 import torch
-from imdc.cli.measure import FirstToken, PeakMemory
 from longbench_data import Record
 from longbench_metrics import score
 from longbench_ways import Way
 
 import imdc
+from imdc.cli.answer import FirstToken
+from imdc.profiler.allocations import PeakMemory
 
 
 def read(lm: Any, record: Record, way: Way, ids: list[int]) -> dict[str, Any]:

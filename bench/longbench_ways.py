@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from imdc.config import OBSERVERS, PrefillConfig
+from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, ImdcError, did_you_mean
+from imdc.observers import OBSERVERS
 from imdc.units import parse_tokens
 
 FULL = "full"
 SCHEDULES = (FULL, "fm", "im", "imdc")
-QUERY_AWARE = ("prompt_tail",)
 # A share of a short prompt may be less than what is always kept; this much is left to choose from.
 _LEAST_CHOSEN = 32
 
@@ -90,7 +90,7 @@ class Way:
     @property
     def aware(self) -> bool:
         """Whether the question is known while the prompt is read."""
-        return self.observer is None or self.observer in QUERY_AWARE
+        return self.observer is None or OBSERVERS[self.observer].query_aware
 
     def config(self, prompt_tokens: int) -> PrefillConfig | None:
         """The options of `imdc.patch` for a prompt of that length; None leaves the model as it is."""
@@ -136,7 +136,7 @@ def parse_ways(text: str, *, observer: str, memory: Amount, chunk: Amount, optio
                 raise WayError(f"--schedules {word!r}: {FULL} is the unpatched model, which keeps everything")
             ways.append(Way(word, schedule))
             continue
-        _known("observer", watching or observer, OBSERVERS)
+        _known("observer", watching or observer, tuple(OBSERVERS))
         kept = Amount.parse(amount) if amount else memory
         way = Way(word, schedule, watching or observer, kept, chunk, options)
         # Whatever does not work together is said before the model is loaded.
