@@ -22,6 +22,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .limits import MAX_HEAD_SIZE
+
 # Triton's own device functions are compiled or interpreted for good when Triton is first imported.
 INTERPRETED: bool = not isinstance(tl.sum, JITFunction)
 if not INTERPRETED and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes", "y"}:
@@ -30,7 +32,6 @@ if not INTERPRETED and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", 
     )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)

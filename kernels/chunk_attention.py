@@ -5,9 +5,7 @@
 over the keys j that query i sees: j <= T - Q + i, and j > T - Q + i - window with a sliding window. One pass with
 the online softmax (Milakov and Gimelshein, arXiv 1805.02867; tiled as in FlashAttention-2, arXiv 2307.08691).
 
-A program owns BLOCK_M rows of one KV head. Its rows are (query, head of the group) pairs with the head running
-fastest, so one load of a key block serves the whole group and the causal diagonal cuts few blocks. Blocks that every
-row sees whole come first and are not masked; the diagonal's blocks follow. Programs with the most keys start first.
+A program owns BLOCK_M rows of one KV head (`kernels/_attention.py`). Programs with the most keys start first.
 
 Layouts and reference: `kernels/reference.py`, `chunk_attention`.
 """
@@ -22,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import LN2, LOG2E, rounded, soft_capped, widened
+from ._attention import attend
+from ._device import LN2, rounded, widened
 from ._launch import (
     INTERPRETER,
     Config,
@@ -43,59 +42,6 @@ from ._launch import (
 )
 
 
-@triton.jit
-def _attend_blocks(
-    b_acc, b_max, b_sum, b_q, i_b, i_h, k, stride_kt, v, stride_vt, o_position, start, end, scale, softcap, window,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK_FUTURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys start..end, in steps of BLOCK_N; `end` itself is exact only with MASK_FUTURE."""
-    for i_n in range(start, end, BLOCK_N):
-        i_n = tl.multiple_of(i_n, BLOCK_N)
-        o_n = tl.arange(0, BLOCK_N)
-        o_d = tl.arange(0, BLOCK_D)
-        if DESCRIPTORS:
-            b_k = tl.reshape(k.load([i_b, i_h, i_n, 0]), [BLOCK_N, BLOCK_D])
-            b_v = tl.reshape(v.load([i_b, i_h, i_n, 0]), [BLOCK_N, BLOCK_D])
-        else:
-            # The tile's corner is addressed in 64 bits as a scalar; inside the tile 32 bits suffice and save registers.
-            p_k = k + i_n * tl.cast(stride_kt, tl.int64) + o_n[:, None] * stride_kt + o_d[None, :]
-            p_v = v + i_n * tl.cast(stride_vt, tl.int64) + o_n[:, None] * stride_vt + o_d[None, :]
-            if MASK_FUTURE:
-                m_kv = (i_n + o_n < end)[:, None] & (o_d < D)[None, :]
-                b_k = tl.load(p_k, mask=m_kv, other=0.0)
-                b_v = tl.load(p_v, mask=m_kv, other=0.0)
-            elif D == BLOCK_D:
-                b_k = tl.load(p_k)
-                b_v = tl.load(p_v)
-            else:
-                b_k = tl.load(p_k, mask=(o_d < D)[None, :], other=0.0)
-                b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
-        b_s = tl.dot(b_q, tl.trans(widened(b_k, UPCAST)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if HAS_SOFTCAP:
-            b_s = soft_capped(b_s * scale, softcap)
-            factor = LOG2E
-        else:
-            factor = scale * LOG2E
-        if MASK_FUTURE:
-            b_s = tl.where(i_n + o_n[None, :] <= o_position[:, None], b_s, float("-inf"))
-        if HAS_WINDOW:
-            b_s = tl.where(i_n + o_n[None, :] > o_position[:, None] - window, b_s, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * factor)
-        b_base = b_new_max
-        if HAS_WINDOW:
-            # A row may see nothing of its first blocks, and exp2(-inf - -inf) is no number.
-            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_s * factor - b_base[:, None])
-        b_scale = tl.exp2(b_max - b_base)
-        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
-        b_acc = b_acc * b_scale[:, None]
-        b_p = rounded(b_p, b_v.dtype, UPCAST)
-        b_acc = tl.dot(b_p, widened(b_v, UPCAST), b_acc, input_precision="ieee")
-        b_max = b_new_max
-    return b_acc, b_max, b_sum
-
-
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "queries", "keys", "kv_heads", "kv_rows"])
 def _chunk_attention_kernel(
@@ -110,10 +56,9 @@ def _chunk_attention_kernel(
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
-    i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_rows  # the last queries see the most keys
+    first_query = queries - (tl.program_id(0) // kv_rows + 1) * QUERIES  # below 0 where the queries do not fill a block
     i_b = tl.cast(i_row // kv_heads, tl.int64)
     i_h = tl.cast(i_row % kv_heads, tl.int64)
-    first_query = i_m * QUERIES
 
     # Rows are numbered from the block's corner: where they lie is then a constant of the thread, which keeps the
     # addresses of the epilogue out of the registers of the loop.
@@ -121,7 +66,7 @@ def _chunk_attention_kernel(
     o_query = o_m // GROUP
     o_head = tl.cast(o_m % GROUP, tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    m_m = (o_query < queries - first_query) & (o_m < QUERIES * GROUP)
+    m_m = (o_query >= -first_query) & (o_m < QUERIES * GROUP)
     m_q = m_m[:, None] & (o_d < D)[None, :]
 
     q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
@@ -133,27 +78,12 @@ def _chunk_attention_kernel(
 
     p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
     b_q = widened(tl.load(p_q, mask=m_q, other=0.0), UPCAST)
-
-    past = keys - queries  # query i sees keys 0..past + i
-    last_query = tl.minimum(first_query + QUERIES, queries) - 1
-    end = past + last_query + 1
-    whole = (past + first_query + 1) // BLOCK_N * BLOCK_N  # every row sees all keys below this
-    start = 0
-    if HAS_WINDOW:
-        start = tl.maximum(past + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
-    # Rows past the last query are not stored; held at its position they see some key and stay inside the buffer.
-    o_position = past + tl.minimum(first_query + o_query, last_query)
-
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for MASK_FUTURE in tl.static_range(2):
-        b_acc, b_max, b_sum = _attend_blocks(
-            b_acc, b_max, b_sum, b_q, i_row // kv_heads, i_row % kv_heads, k, stride_kt, v, stride_vt, o_position,
-            whole if MASK_FUTURE else start, end if MASK_FUTURE else whole, scale, softcap, window,
-            D=D, BLOCK_D=BLOCK_D, BLOCK_N=BLOCK_N, MASK_FUTURE=MASK_FUTURE,
-            HAS_SOFTCAP=HAS_SOFTCAP, HAS_WINDOW=HAS_WINDOW, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
-        )  # fmt: skip
+    b_acc, b_max, b_sum = attend(
+        b_q, i_row // kv_heads, i_row % kv_heads, k, stride_kt, v, stride_vt, first_query, queries, keys,
+        scale, softcap, window,
+        GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        HAS_SOFTCAP=HAS_SOFTCAP, HAS_WINDOW=HAS_WINDOW, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
+    )  # fmt: skip
 
     p_out = out + (o_query * stride_oq + o_head * stride_oh)[:, None] + o_d[None, :]
     tl.store(p_out, rounded(b_acc / b_sum[:, None], out.dtype.element_ty, UPCAST), mask=m_q)
@@ -175,9 +105,9 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor, target: Target) -> list[tuple[C
     elif not vectors:
         shapes = [Config(64 if block_d <= 128 else 32, 32, num_warps=8, num_stages=1)]
     elif target.copies_tensors and block_d > 128:
-        shapes = [Config(128, 32, num_warps=8, num_stages=3, descriptors=True)]
+        shapes = [Config(128, 64, num_warps=8, num_stages=2, descriptors=True)]
     elif target.copies_tensors:
-        shapes = [Config(128, 128, num_warps=8, num_stages=2, descriptors=True)]
+        shapes = [Config(128, 128, num_warps=8, num_stages=3, descriptors=True)]
     elif block_d > 128:
         shapes = [Config(64, 32, num_warps=8, num_stages=2), Config(64, 32, num_warps=8, num_stages=1)]
     elif block_d > 64:

@@ -21,7 +21,6 @@ from torch import Tensor
 from ._device import copy_rows
 from ._launch import (
     FLOATS,
-    MAX_HEAD_SIZE,
     Launch,
     copy_arguments,
     require,
@@ -30,6 +29,7 @@ from ._launch import (
     require_tensor,
     strided,
 )
+from .limits import MAX_HEAD_SIZE
 from .rotate import require_rotation
 
 BLOCK = 32

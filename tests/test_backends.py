@@ -70,12 +70,17 @@ def test_auto_takes_sdpa_on_a_cpu_and_the_reference_where_logits_are_capped() ->
     assert "not sdpa: it cannot cap logits" in why
 
 
-def test_auto_takes_triton_on_a_gpu_and_says_why_not_for_odd_head_sizes() -> None:
+@pytest.mark.parametrize("head_dim", [64, 80, 112, 128, 192, 256])
+def test_auto_takes_triton_on_a_gpu(head_dim: int) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    assert choose("auto", AttentionTraits("cuda", torch.bfloat16, 128, False))[0].name == "triton"
-    backend, why = choose("auto", AttentionTraits("cuda", torch.bfloat16, 80, False))
+    assert choose("auto", AttentionTraits("cuda", torch.bfloat16, head_dim, False))[0].name == "triton"
+
+
+def test_auto_says_why_not_for_head_sizes_beyond_the_kernels() -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    backend, why = choose("auto", AttentionTraits("cuda", torch.bfloat16, 264, False))
     assert backend.name == "sdpa"
-    assert "head size 80" in why
+    assert "head size 264 is beyond 256" in why
 
 
 def test_a_backend_that_cannot_serve_says_what_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from imdc.kernels import reference
-from imdc.kernels._launch import aligned
-from imdc.kernels.chunk_attention import chunk_attention
+from imdc.kernels._launch import Config, aligned, target_of
+from imdc.kernels.chunk_attention import chunk_attention, plan_chunk_attention
 
 RAGGED = Case(1, 2, 4, 50, 117, 64)
 
@@ -133,3 +133,17 @@ def test_output_over_the_input_is_refused() -> None:
     arguments = bad()
     with pytest.raises(ValueError, match=r"out = bytes .*: must not overlap q"):
         chunk_attention(**arguments, out=arguments["q"])
+
+
+@pytest.mark.parametrize("window", [1, 40, 129, 300])
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (64, 32)], ids=str)
+def test_blocks_of_production_agree_with_float64(blocks: tuple[int, int], window: int) -> None:
+    case = Case(1, 2, 4, 37, 421, 64, window=window)
+    q, k, v = case.tensors(torch.float32)
+    for descriptors in (True, False):
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], device=q.device)
+        config = Config(*blocks, num_warps=8, num_stages=1, descriptors=descriptors)
+        plan_chunk_attention(
+            *(q, k, v, out, lse), **case.logits, target=target_of(q.device), config=config
+        ).run(q.device)  # fmt: skip
+        check(case, q, k, v, out, lse)

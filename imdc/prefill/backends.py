@@ -19,9 +19,8 @@ from torch import Tensor
 
 import imdc.kernels.reference as reference
 from imdc.errors import ConfigError
+from imdc.kernels.limits import MAX_HEAD_SIZE, head_size_supported
 from imdc.prefill.flash import find_flash, flash_attention
-
-_TRITON_HEAD_SIZES = frozenset({16, 32, 64, 96, 128, 256})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +155,8 @@ def _unmet(name: str, traits: AttentionTraits) -> str | None:
     # TRITON_INTERPRET=1 runs the kernels on the CPU: slow, for tests.
     if traits.device_type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"its kernels need a CUDA device, the model is on {traits.device_type}"
-    if traits.head_dim not in _TRITON_HEAD_SIZES:
-        return f"head size {traits.head_dim} is not one of {sorted(_TRITON_HEAD_SIZES)}"
+    if not head_size_supported(traits.head_dim):
+        return f"head size {traits.head_dim} is beyond {MAX_HEAD_SIZE}, the largest that its kernels take"
     if name == "flash":
         if find_flash() is None:
             return "flash-attn is not installed (pip install flash-attn)"
