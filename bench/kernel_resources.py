@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 CAPABILITIES = (80, 90, 100)
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPE_NAMES |= {torch.int32: "i32", torch.int64: "i64"}
 QUERIES, KEYS, KEEP, KV_HEADS = 4096, 8192, 4096, 8
 
 
@@ -65,7 +66,7 @@ def _target(capability: int) -> Any:
 
 
 def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Shapes and options for the two kernels that work on logits."""
+    """Shapes and options for the three kernels that work on logits."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     plain: dict[str, Any] = {"dtype": bf16, "group": 4, "softcap": None, "window": None}
     for dim in (64, 128):
@@ -92,8 +93,9 @@ def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     """(kernel, case, Launch) of every production configuration on a chip."""
-    from imdc.kernels.chunk_attention import plan_chunk_attention
+    from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
     from imdc.kernels.compact import plan_compact
+    from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
     from imdc.kernels.pool import plan_pool
     from imdc.kernels.rotate import plan_rotate
@@ -102,13 +104,24 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     target = _target(capability)
     for case, options in attention_cases(quick):
         dim, dtype, group = options["dim"], options["dtype"], options["group"]
-        logits = {"scale": dim**-0.5, "softcap": options["softcap"], "window": options["window"], "target": target}
+        logits = {"scale": dim**-0.5, "softcap": options["softcap"]}
         q = _ghost(1, KV_HEADS * group, QUERIES, dim, dtype=dtype)
         k = _ghost(1, KV_HEADS, KEYS, dim + options.get("padding", 0), dtype=dtype)[..., :dim]
         lse = _ghost(1, KV_HEADS * group, QUERIES, dtype=torch.float32)
-        mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
-        yield "chunk_attention", case, plan_chunk_attention(q, k, k, q, lse, **logits)
-        yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, **logits)
+        forward = plan_chunk_attention(q, k, k, q, lse, window=options["window"], target=target, **logits)
+        yield "chunk_attention", case, forward
+        if options["window"] is None:
+            mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
+            yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, target=target, **logits)
+            ranks, kept = _ghost(1, KV_HEADS, KEYS, dtype=torch.int32), _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
+            indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
+            fused = plan_fused_step(
+                *(q, k, k, k, q, mass, ranks, indices, kept, kept),
+                **{"rows": 16, "pool_kernel": 15, "sink_tokens": 4, "recent_tokens": 0},
+                config=attention_config(q, k, k, target),
+                **logits,
+            )
+            yield "fused_step", case, fused
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)
@@ -123,8 +136,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             cos = _ghost(KEEP, turned, dtype=dtype)
             indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
             case = f"D={dim} {TYPE_NAMES[dtype]}"
-            yield "compact", case, plan_compact(k, k, indices, None, None, kept, kept)
-            yield "compact", f"{case} R={turned}", plan_compact(k, k, indices, cos, cos, kept, kept)
+            yield "compact", case, plan_compact(k, k, indices, kept, kept)
             yield "rotate", f"{case} R={turned}", plan_rotate(kept, cos, cos, kept)
 
 

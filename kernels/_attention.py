@@ -63,6 +63,8 @@ def _attend_range(
         i_n = tl.multiple_of(i_n, BLOCK_N)
         o_n = i_n + tl.arange(0, BLOCK_N)
         b_k = load_block(k, stride_kt, i_b, i_h, i_n, end, D, BLOCK_D, BLOCK_N, MASK_FUTURE, DESCRIPTORS)
+        if not DESCRIPTORS:
+            b_v = load_block(v, stride_vt, i_b, i_h, i_n, end, D, BLOCK_D, BLOCK_N, MASK_FUTURE, False)
         b_s, factor = exponents(b_q, b_k, scale, softcap, HAS_SOFTCAP, UPCAST)
         if MASK_FUTURE:
             b_s = tl.where(o_n[None, :] <= o_position[:, None], b_s, float("-inf"))
@@ -77,9 +79,10 @@ def _attend_range(
         b_scale = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
         b_acc = b_acc * b_scale[:, None]
-        # Loaded after the first product: two loads with no use between them would wait at one barrier, and the
-        # product of queries and keys would then wait for the values too.
-        b_v = load_block(v, stride_vt, i_b, i_h, i_n, end, D, BLOCK_D, BLOCK_N, MASK_FUTURE, DESCRIPTORS)
+        if DESCRIPTORS:
+            # After the first product: two bulk copies with no use between them would wait at one barrier, and the
+            # product of queries and keys would then wait for the values too.
+            b_v = load_block(v, stride_vt, i_b, i_h, i_n, end, D, BLOCK_D, BLOCK_N, MASK_FUTURE, True)
         b_p = rounded(b_p, b_v.dtype, UPCAST)
         b_acc = tl.dot(b_p, widened(b_v, UPCAST), b_acc, input_precision="ieee")
         b_max = b_new_max

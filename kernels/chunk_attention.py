@@ -32,7 +32,7 @@ from ._launch import (
     first_that_fits,
     logit_arguments,
     power_of_two,
-    require_apart,
+    require,
     require_logits,
     require_queries_and_keys,
     require_same_device,
@@ -50,9 +50,9 @@ def _chunk_attention_kernel(
     v, stride_vb, stride_vh, stride_vt,
     out, stride_ob, stride_oh, stride_oq,
     lse, stride_lb, stride_lh,
-    queries, keys, kv_heads, kv_rows, scale, softcap, window,
+    queries, keys, kv_heads, kv_rows, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -118,6 +118,11 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor, target: Target) -> list[tuple[C
     return [(c, (c.rows + 2 * c.columns * c.num_stages) * row_bytes + 2048) for c in shapes]
 
 
+def attention_config(q: Tensor, k: Tensor, v: Tensor, target: Target) -> Config:
+    """The blocks that attention of these tensors is computed in."""
+    return first_that_fits(_candidates(q, k, v, target), target)
+
+
 def plan_chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -135,8 +140,8 @@ def plan_chunk_attention(
     batch, _, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     if config is None:
-        config = first_that_fits(_candidates(q, k, v, target), target)
-    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap, window=window)
+        config = attention_config(q, k, v, target)
+    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
     passed_k, passed_v = (descriptor(x, config.columns, logits["BLOCK_D"]) if config.descriptors else x for x in (k, v))
     return Launch(
         kernel=_chunk_attention_kernel,
@@ -151,12 +156,20 @@ def plan_chunk_attention(
             "keys": keys,
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
+            "window": 0 if window is None else window,
             **logits,
+            "HAS_WINDOW": window is not None,
             "DESCRIPTORS": config.descriptors,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def new_output(q: Tensor) -> Tensor:
+    """Room for the output of the queries `q`, in the order in which the model's output projection wants it."""
+    batch, heads, queries, dim = q.shape
+    return torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
 def chunk_attention(
@@ -167,8 +180,6 @@ def chunk_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bottom-right causal grouped-query attention over memory | chunk.
 
@@ -182,12 +193,10 @@ def chunk_attention(
         scale: factor on the logits, positive.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
         window: keys further back than this are not seen; None sees all.
-        out: where the output goes, shape and dtype of `q`; None allocates it in the order [B, Q, Hq, D], in which the
-            model's output projection wants it, and returns the transposed view.
-        lse: where the log-sum-exp goes, float32 [B, Hq, Q]; None allocates it.
 
     Returns:
-        Output [B, Hq, Q, D] in the dtype of `q`, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
+        Output [B, Hq, Q, D] in the dtype of `q`, a view of the order [B, Q, Hq, D], in which the model's output
+        projection wants it, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -195,17 +204,9 @@ def chunk_attention(
     require_queries_and_keys(q, k)
     require_tensor("v", v, tuple(k.shape), (q.dtype,))
     require_same_device("q", q, "v", v)
-    require_logits(scale, softcap, window)
-    if out is None:
-        batch, heads, queries, dim = q.shape
-        out = torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if lse is None else lse
-    require_tensor("out", out, tuple(q.shape), (q.dtype,))
-    require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
-    for name, x in (("out", out), ("lse", lse)):
-        require_same_device("q", q, name, x)
-        for source, y in (("q", q), ("k", k), ("v", v)):
-            require_apart(source, y, name, x)
+    require_logits(scale, softcap)
+    require(window is None or window >= 1, "window", window, "must be at least 1, or None for no window")
+    out, lse = new_output(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     launch = plan_chunk_attention(
         q, k, v, out, lse, scale=scale, softcap=softcap, window=window, target=target_of(q.device)
     )
