@@ -25,7 +25,7 @@ CPU = AttentionTraits(device_type="cpu", dtype=torch.bfloat16, head_dim=64, soft
 def test_sdpa_equals_the_reference(dtype: torch.dtype, memory: int, chunk: int, window: int | None) -> None:
     q = torch.randn(1, 6, chunk, 16)
     k, v = torch.randn(1, 2, memory + chunk, 16), torch.randn(1, 2, memory + chunk, 16)
-    exact, exact_lse = REFERENCE.chunk_attention(q, k, v, scale=0.25, window=window)
+    exact, _ = REFERENCE.chunk_attention(q, k, v, scale=0.25, window=window)
     rounded = [x.to(dtype) for x in (q, k, v)]
     out, lse = SDPA.chunk_attention(*rounded, scale=0.25, window=window)
     plain = torch.nn.functional.scaled_dot_product_attention(
@@ -35,7 +35,9 @@ def test_sdpa_equals_the_reference(dtype: torch.dtype, memory: int, chunk: int, 
     allowed = 2 * (plain.float() - exact).abs().max().item() + 1e-6
     assert (out.float() - exact).abs().max().item() <= allowed
     if window != 8 or memory + chunk <= 8:
-        torch.testing.assert_close(lse, exact_lse, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+        # Against the same rounded inputs, whose products float32 holds exactly.
+        _, rounded_lse = REFERENCE.chunk_attention(*rounded, scale=0.25, window=window)
+        torch.testing.assert_close(lse, rounded_lse, atol=2e-4 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
 def _mask(memory: int, chunk: int, window: int | None) -> torch.Tensor:
