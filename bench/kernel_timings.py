@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from device_clock import DEVICE, Timings, describe_device
@@ -28,7 +29,7 @@ from rivals import LARGEST_ERROR, differs_from, error_of, sdpa, sdpa_in_parts
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-CHUNK, MEMORIES, KEEP, OBSERVERS, POOL = 4096, (0, 4096, 8192), 4096, 64, 15
+CHUNK, MEMORIES, KEEP, OBSERVERS, POOL = 4096, (0, 4096, 8192), 4096, 16, 15
 Q_HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336  # Llama-3.1-8B
 SCALE = DIM**-0.5
 # What a verdict should lie between.
@@ -39,7 +40,10 @@ TARGETS = {
 }
 # (rows, columns, warps, stages) of the attention kernel. The last two leave room for two programs per multiprocessor,
 # so that one computes its softmax while the other multiplies.
-SWEEP = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
+SWEEP = (
+    *((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4)),
+    *((64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1)),
+)
 
 
 def inputs(memory: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,17 +192,23 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
         indices = backend.select(backend.key_mass(q, k, lse, **options), keep, sink_tokens=4)
         return out, *backend.compact(k, v, indices), indices
 
-    traits = AttentionTraits(q.device.type, q.dtype, DIM, softcap=False)
+    chip = (torch.cuda.get_device_capability(), torch.cuda.get_device_name()) if q.is_cuda else (None, None)
+    traits = AttentionTraits(q.device.type, q.dtype, DIM, False, *chip)
     auto, memory = choose("auto", traits)[0], k.shape[2] - CHUNK
     wrong = differs_from(step(auto)[0])
     taken: dict[str, float] = {}
-    for name in ("triton", "flash", "sdpa", "reference"):
+    for name in ("triton", "flash", "varlen", "sdpa", "reference"):
         try:
             run = partial(step, choose(name, traits)[0])
         except ConfigError as error:
             taken[name] = timings.skip(f"step: {name}", memory, str(error))
         else:
             taken[name] = timings.add_rival(f"step: {name}", memory, run, wrong=wrong)
+    # Both ways of the step, whichever the cost rule takes: what the rule assumes has to be measured.
+    for way, pays in (("one launch", True), ("several launches", False)):
+        with mock.patch("imdc.kernels.compress_step.one_launch_pays", lambda *_, pays=pays, **__: pays):
+            forced = partial(step, choose("triton", traits)[0])
+            timings.add_rival(f"step: triton, {way}", memory, forced, wrong=wrong)
     return taken | {"auto": taken[auto.name]}
 
 

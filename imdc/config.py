@@ -17,7 +17,7 @@ BALANCES = ("tokens", "bytes")
 OBSERVERS = ("prompt_tail", "window", "all_queries", "sink_recent", "key_diff", "random")
 LAYER_BUDGETS = ("uniform", "adaptive", "pyramid")
 POSITIONS = ("auto", "original", "compact")
-BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 
 _SUPPORTED_LAYER_BUDGETS = ("uniform",)
 
@@ -49,7 +49,7 @@ class PrefillConfig:
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             prompts beyond the trained window), "auto" picks by the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow.
-        backend: "auto", "triton", "flash", "sdpa" or "reference".
+        backend: "auto", "triton", "flash", "varlen", "sdpa" or "reference".
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.

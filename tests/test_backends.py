@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, greedy
 
 import imdc
 from imdc.errors import ConfigError
+from imdc.prefill import backends, rank, varlen
 from imdc.prefill.backends import REFERENCE, SDPA, AttentionTraits, choose
 from imdc.prefill.flash import find_flash, flash_attention
 
@@ -91,6 +92,135 @@ def test_a_backend_that_cannot_serve_says_what_can(monkeypatch: pytest.MonkeyPat
         choose("triton", CPU)
     with pytest.raises(ConfigError, match="backend='flash'"):
         choose("flash", CPU)
+
+
+def on_a_gpu(**changes: object) -> AttentionTraits:
+    known = {"device_type": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "softcap": False}
+    return AttentionTraits(**(known | {"capability": (9, 0), "device_name": "NVIDIA H100"} | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"capability": (7, 5)}, "compute capability 8.0 or newer, the device has 7.5"),
+        ({"capability": None, "device_name": None, "rocm": True}, "built for ROCm"),
+        ({"device_type": "xpu", "capability": None}, None),
+        ({"device_type": "mps", "capability": None}, None),
+    ],
+    ids=["T4", "ROCm", "XPU", "MPS"],
+)
+def test_auto_falls_back_on_devices_that_triton_s_kernels_do_not_know(
+    changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend, why = choose("auto", on_a_gpu(**changes))
+    assert backend.name == "sdpa"
+    assert reason is None or reason in why
+    with pytest.raises(ConfigError, match=r"backend='triton' cannot be used: its kernels .*use backend='auto'"):
+        choose("triton", on_a_gpu(**changes))
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.3.1"])
+def test_auto_falls_back_where_triton_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda _: version)
+    backend, why = choose("auto", on_a_gpu())
+    assert backend.name == "sdpa"
+    assert f"triton {version} is too old" in why and "triton>=3.4" in why
+
+
+@pytest.mark.parametrize(
+    ("flash", "torch_version", "changes", "taken", "source"),
+    [
+        (None, (2, 13), {}, "triton", "published figures, not timed on this device"),
+        (None, (2, 15), {}, "varlen", "published figures"),
+        (3, (2, 15), {}, "flash", "published figures"),
+        (4, (2, 13), {}, "flash", "published figures"),
+        (4, (2, 15), {}, "varlen", "published figures"),
+        # FlashAttention 2 is slower than either, and nothing is published for other heads and chips.
+        (2, (2, 13), {}, "triton", "published figures"),
+        (3, (2, 15), {"head_dim": 256}, "triton", "no figures to choose by"),
+        (3, (2, 15), {"capability": (8, 0)}, "triton", "no figures to choose by"),
+        (None, (2, 15), {"softcap": True}, "triton", "not varlen: it cannot cap logits"),
+        (3, (2, 15), {"dtype": torch.float32}, "triton", "not flash: it takes float16 and bfloat16"),
+        (3, (2, 15), {"device_name": "timed"}, "varlen", "timed on timed"),
+    ],
+)
+def test_auto_takes_the_fastest_forward_and_says_how_it_knows(
+    flash: int | None,
+    torch_version: tuple[int, int],
+    changes: dict[str, object],
+    taken: str,
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    monkeypatch.setattr(backends, "find_flash", lambda _: flash and ("flash", flash))
+    monkeypatch.setattr(backends, "find_varlen", lambda: None)
+    monkeypatch.setattr(backends, "TORCH", torch_version)
+    monkeypatch.setattr(backends, "_disagreement", lambda *_: None)
+    monkeypatch.setattr(backends, "_library", lambda *_: REFERENCE.chunk_attention)
+    monkeypatch.setitem(rank.RECORDED, "timed", ("varlen", "flash", "triton"))
+    backend, why = choose("auto", on_a_gpu(**changes))
+    assert backend.name == taken
+    assert source in why
+
+
+def test_a_library_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+
+    def swapped(q: torch.Tensor, *rest: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = REFERENCE.chunk_attention(q, *rest, **options)  # type: ignore[arg-type]
+        return out, lse.transpose(1, 2) if q.shape[1] == q.shape[2] else lse
+
+    def broken(*_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(backends, "find_flash", lambda _: ("flash", 3))
+    traits = AttentionTraits("cpu", torch.bfloat16, 64, softcap=False)
+    for forward, reason in (
+        (REFERENCE.chunk_attention, None),
+        (swapped, "its log-sum-exp is not the reference's here"),
+        (broken, "it does not run here: RuntimeError: no kernel image"),
+    ):
+        backends._disagreement.cache_clear()
+        monkeypatch.setattr(backends, "_library", lambda *_, forward=forward: forward)
+        assert backends._unmet_by_library("flash", traits) == reason
+    backends._disagreement.cache_clear()
+
+
+@pytest.mark.parametrize("order", ["heads first", "tokens first"])
+def test_varlen_is_called_its_own_way(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the call is proven here: the operator needs a GPU."""
+    module = ModuleType("varlen")
+
+    def varlen_attn(  # type: ignore[no-untyped-def]
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa, seqused_k
+    ):
+        assert return_aux == {"lse": True} and enable_gqa and seqused_k.tolist() == [max_k] * (len(cu_seq_q) - 1)
+        assert cu_seq_q.diff().tolist() == [max_q] * len(seqused_k) and window_size[1] == 0
+        outs, sums = [], []
+        for row in range(len(seqused_k)):
+            q, k, v = (
+                x[ends[row] : ends[row + 1]].transpose(0, 1)[None]
+                for x, ends in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
+            )
+            width = None if window_size[0] == -1 else window_size[0] + 1
+            out, lse = REFERENCE.chunk_attention(q, k, v, scale=scale, window=width)
+            outs.append(out[0].transpose(0, 1))
+            sums.append(lse[0])
+        lse = torch.cat(sums, dim=1)
+        return torch.cat(outs), lse if order == "heads first" else lse.transpose(0, 1)
+
+    module.varlen_attn, module.AuxRequest = varlen_attn, dict  # type: ignore[attr-defined]
+    monkeypatch.setattr(varlen.importlib, "import_module", lambda _: module)
+    assert varlen.find_varlen() is None
+    q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)
+    for options in ({}, {"window": 3}):
+        found = varlen.varlen_attention()(q, k, v, scale=0.25, **options)
+        wanted = REFERENCE.chunk_attention(q, k, v, scale=0.25, **options)  # type: ignore[arg-type]
+        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, wanted, strict=True))
 
 
 def test_explain_names_backend_layers_and_positions() -> None:

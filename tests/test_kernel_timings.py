@@ -101,10 +101,12 @@ def test_a_whole_run_writes_what_it_measured(
     assert record["commit"] == "abc" and record["device"] == {"name": "none"}
     assert [verdict["memory"] for verdict in record["verdicts"]] == [0, 32]
     unavailable = {row["name"] for row in record["rows"] if "unavailable" in row}
-    assert {"step: flash", "attention: sdpa cudnn"} <= unavailable
+    assert {"step: flash", "step: varlen", "attention: sdpa cudnn"} <= unavailable
     timed = {row["name"]: row for row in record["rows"] if "unavailable" not in row}
     assert {
         "step: triton",
+        "step: triton, one launch",
+        "step: triton, several launches",
         "step: sdpa",
         "step: reference",
         "attention: sdpa flash",
@@ -143,7 +145,7 @@ def test_every_kernel_and_rival_is_timed(timings: ModuleType) -> None:
     names = {row["name"].split(":")[0] for row in measured.rows}
     assert names == {"attention", "scoring", "pooling over 15", "selection", "compaction", "step"}
     ours = [row for row in measured.rows if "triton" in row["name"]]
-    assert len(ours) == 8 and all("milliseconds" in row for row in ours)
+    assert len(ours) == 12 and all("milliseconds" in row for row in ours)
 
 
 def test_flops_count_what_the_mask_leaves(timings: ModuleType) -> None:

@@ -135,7 +135,7 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
             output = scored
         yield Phase("selection", states, output, _selection(work), layer_memory="none")
         # Scores, and the kept indices: the reference's are a column of three.
-        index = 8 if work.backend in ("triton", "flash") else 24
+        index = 8 if work.backend in ("triton", "flash", "varlen") else 24
         chosen = shape.kv_heads * (4 * work.step.attended_tokens + index * layers.after)
     yield Phase("compaction", states, output, chosen, layer_memory="after")
     yield Phase("output", states + unit * (hidden + queries), unit * queries, layer_memory="after")
@@ -156,10 +156,10 @@ def _mlp_widths(shape: ModelShape) -> int:
 def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
     """Bytes of rotated copies, of the temporaries of rotating, and of what the backend needs, its output included.
 
-    "triton" and "flash" need the output and the log-sum-exp only. "sdpa" attends to memory and chunk apart and merges:
-    grouped queries, two outputs, their float32 sum where the dtype is shorter, log-sum-exps; through a window it
-    repeats the keys and values of a block for every query head. "reference" works on one KV head in float32, in
-    blocks of scores.
+    "triton", "flash" and "varlen" need the output and the log-sum-exp only. "sdpa" attends to memory and chunk apart
+    and merges: grouped queries, two outputs, their float32 sum where the dtype is shorter, log-sum-exps; through a
+    window it repeats the keys and values of a block for every query head. "reference" works on one KV head in float32,
+    in blocks of scores.
     """
     shape, rows, total = work.shape, work.rows, layers.before + work.rows
     queries, kv_width = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -192,7 +192,7 @@ def _scoring(work: Work) -> int:
     if work.config.observer == "key_diff":
         return 8 * candidates * shape.kv_heads * shape.head_dim
     mass = 4 * shape.kv_heads * total
-    if not work.observing_rows or work.backend in ("triton", "flash"):
+    if not work.observing_rows or work.backend in ("triton", "flash", "varlen"):
         return 2 * mass
     return mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total)
 

@@ -7,7 +7,6 @@ beside the output; they differ in module, in the keyword that asks for it, and i
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +17,24 @@ from torch import Tensor
 _HOMES = (("flash_attn.cute", 4), ("flash_attn_interface", 3), ("flash_attn", 2))
 
 
-def find_flash() -> tuple[str, int] | None:
-    """(module, generation) of the newest flash-attn that is installed, None if there is none."""
+# Compute capabilities, in tens, that each generation has kernels for: 3 only has those of Hopper.
+_CHIPS = {4: (9, 10), 3: (9,), 2: (8, 9, 10, 12)}
+
+
+def find_flash(capability: tuple[int, int] | None = None) -> tuple[str, int] | None:
+    """(module, generation) of the newest flash-attn that imports and runs on a chip, None if there is none.
+
+    Args:
+        capability: compute capability of the chip; None asks for no chip in particular.
+    """
     for module, generation in _HOMES:
+        if capability is not None and capability[0] not in _CHIPS[generation]:
+            continue
         try:
-            if importlib.util.find_spec(module) is not None:
+            # Found is not enough: a wheel for another torch or CUDA is found and does not import.
+            if hasattr(importlib.import_module(module), "flash_attn_func"):
                 return module, generation
-        except ModuleNotFoundError:
+        except (ImportError, OSError):
             continue
     return None
 
