@@ -116,6 +116,8 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
         if options["window"] is None:
             mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
             yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, target=target, **logits)
+            if not _fed_in_blocks("fused_step", case):
+                continue  # never launched, see `compress_step`
             ranks, kept = _ghost(1, KV_HEADS, KEYS, dtype=torch.int32), _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
             indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
             options = {"rows": 16, "pool_kernel": 15, "sink_tokens": 4, "recent_tokens": 0, **logits}
@@ -275,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": _commit(),
+            "quick": options.quick,
             "shapes": {"queries": QUERIES, "keys": KEYS, "keep": KEEP, "kv_heads": KV_HEADS},
             "rows": [asdict(row) for row in rows],
         }

@@ -174,8 +174,6 @@ def _fused_step_kernel(
     tl.store(p_out, rounded(b_acc / b_sum[:, None], out.dtype.element_ty, UPCAST), mask=m_q)
 
     if tl.program_id(0) < kv_rows:
-        # Loaded again: held until here it would cost the main loop registers.
-        b_q = widened(tl.load(p_q, mask=m_q, other=0.0), UPCAST)
         m_observer = (o_query >= QUERIES - observers) & (o_m < QUERIES * GROUP)
         b_lse = tl.where(m_observer, b_max + tl.log2(b_sum), float("inf"))
         mass += i_row * tl.cast(scored, tl.int64)

@@ -120,7 +120,7 @@ def _key_mass_kernel(
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
             MASKED=MASKED, HAS_SOFTCAP=HAS_SOFTCAP, UPCAST=UPCAST,
         )  # fmt: skip
-    tl.store(mass + o_n, b_mass / ((observers - o_first) * GROUP).to(tl.float32), mask=m_n)
+    tl.store(mass + o_n, b_mass / (tl.maximum(observers - o_first, 1) * GROUP).to(tl.float32), mask=m_n)
 
 
 def _candidates(element_size: int, block_d: int, target: Target) -> list[tuple[Config, int]]:

@@ -214,6 +214,15 @@ def test_one_launch_is_taken_where_the_owners_are_done_first(
     assert one_launch_pays(q, k, rows=rows, keep=4096, pool_kernel=15, config=config, target=chip) == pays
 
 
+@pytest.mark.parametrize(("dtype", "padding"), [(torch.float32, 0), (torch.bfloat16, 4)], ids=["float32", "unaligned"])
+def test_one_launch_is_not_taken_where_its_code_would_spill(dtype: torch.dtype, padding: int) -> None:
+    q = torch.empty(1, 32, 4096, 128, dtype=dtype, device="meta")
+    k = torch.empty(1, 8, 8192, 128 + padding, dtype=dtype, device="meta")[..., :128]
+    chip = target(9, 0)
+    options = {"rows": 1, "keep": 4096, "pool_kernel": 15, "config": attention_config(q, k, k, chip)}
+    assert not one_launch_pays(q, k, target=chip, **options)
+
+
 @pytest.mark.skipif(not ON_DEVICE, reason="needs a CUDA device: the interpreter has nothing to wait for")
 def test_never_waits_for_the_device(way: str) -> None:
     q, k, v = CASES[0].tensors(torch.bfloat16)
