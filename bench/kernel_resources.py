@@ -5,8 +5,9 @@
     python bench/kernel_resources.py --json result.json   # the table as JSON, with versions and commit
 
 The launches come from the `plan_*` functions that production uses, on tensors without storage, so block sizes, warps
-and stages are those of the device in question. Exit status: 0 if nothing spills and all shared memory fits, 1 if not,
-2 if it cannot compile here.
+and stages are those of the device in question. Exit status: 0 if nothing spills, all shared memory fits and the
+attention kernels show none of the faults that `bench/kernel_pipeline.py` looks for, 1 if not, 2 if it cannot compile
+here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 CAPABILITIES = (80, 90, 100)
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPE_NAMES |= {torch.int32: "i32", torch.int64: "i64"}
 QUERIES, KEYS, KEEP, KV_HEADS = 4096, 8192, 4096, 8
 
 
@@ -46,11 +48,13 @@ class Resources:
     stack_bytes: int
     shared_bytes: int
     shared_limit: int
+    faults: list[str]
 
     @property
     def sound(self) -> bool:
-        """Nothing spills, and the shared memory fits the chip."""
-        return self.spilled_bytes == 0 and self.stack_bytes == 0 and self.shared_bytes <= self.shared_limit
+        """Nothing spills, the shared memory fits the chip, and nothing is seen that would make it slow."""
+        fits = self.spilled_bytes == 0 and self.stack_bytes == 0 and self.shared_bytes <= self.shared_limit
+        return fits and not self.faults
 
 
 def _ghost(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -65,7 +69,7 @@ def _target(capability: int) -> Any:
 
 
 def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Shapes and options for the two kernels that work on logits."""
+    """Shapes and options for the three kernels that work on logits."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     plain: dict[str, Any] = {"dtype": bf16, "group": 4, "softcap": None, "window": None}
     for dim in (64, 128):
@@ -92,8 +96,9 @@ def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     """(kernel, case, Launch) of every production configuration on a chip."""
-    from imdc.kernels.chunk_attention import plan_chunk_attention
+    from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
     from imdc.kernels.compact import plan_compact
+    from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
     from imdc.kernels.pool import plan_pool
     from imdc.kernels.rotate import plan_rotate
@@ -102,13 +107,23 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     target = _target(capability)
     for case, options in attention_cases(quick):
         dim, dtype, group = options["dim"], options["dtype"], options["group"]
-        logits = {"scale": dim**-0.5, "softcap": options["softcap"], "window": options["window"], "target": target}
+        logits = {"scale": dim**-0.5, "softcap": options["softcap"]}
         q = _ghost(1, KV_HEADS * group, QUERIES, dim, dtype=dtype)
         k = _ghost(1, KV_HEADS, KEYS, dim + options.get("padding", 0), dtype=dtype)[..., :dim]
         lse = _ghost(1, KV_HEADS * group, QUERIES, dtype=torch.float32)
-        mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
-        yield "chunk_attention", case, plan_chunk_attention(q, k, k, q, lse, **logits)
-        yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, **logits)
+        forward = plan_chunk_attention(q, k, k, q, lse, window=options["window"], target=target, **logits)
+        yield "chunk_attention", case, forward
+        if options["window"] is None:
+            mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
+            yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, target=target, **logits)
+            if not _fed_in_blocks("fused_step", case):
+                continue  # never launched, see `compress_step`
+            ranks, kept = _ghost(1, KV_HEADS, KEYS, dtype=torch.int32), _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
+            indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
+            options = {"rows": 16, "pool_kernel": 15, "sink_tokens": 4, "recent_tokens": 0, **logits}
+            options["config"] = attention_config(q, k, k, target)
+            fused = plan_fused_step(q, k, k, k, q, mass, ranks, indices, kept, kept, **options)
+            yield "fused_step", case, fused
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)
@@ -123,8 +138,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             cos = _ghost(KEEP, turned, dtype=dtype)
             indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
             case = f"D={dim} {TYPE_NAMES[dtype]}"
-            yield "compact", case, plan_compact(k, k, indices, None, None, kept, kept)
-            yield "compact", f"{case} R={turned}", plan_compact(k, k, indices, cos, cos, kept, kept)
+            yield "compact", case, plan_compact(k, k, indices, kept, kept)
             yield "rotate", f"{case} R={turned}", plan_rotate(kept, cos, cos, kept)
 
 
@@ -169,27 +183,15 @@ def _tool(name: str) -> str:
     return str(path)
 
 
-def _spilled_bytes(ptx: str, capability: int) -> int:
-    """Bytes that ptxas, the one Triton assembles with, stores and loads for spills."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    match = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    if match is None:
-        raise ValueError("ptx: names no target")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={match[1]}", file.name, "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    if not spills:
-        raise ValueError(f"ptxas: reported no spills at all: {done.stderr!r}")
-    return sum(map(int, spills))
+def _fed_in_blocks(kernel: str, case: str) -> bool:
+    """Whether a kernel should reach the matrix units' speed: attention on 16-bit tensors that load in whole vectors."""
+    return kernel in ("chunk_attention", "fused_step") and "fp32" not in case and "unaligned" not in case
 
 
 def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
     """Compile one launch and read what it takes."""
     import triton
+    from kernel_pipeline import assembler_log, faults, spilled_bytes
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", capability, 32)
@@ -200,6 +202,8 @@ def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
         command = [_tool("cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    fed = _fed_in_blocks(kernel, case)
+    log = assembler_log(compiled.asm["ptx"], capability) if numbers["STACK"] or (fed and capability == 90) else ""
     blocks = {n: v for n, v in launch.arguments.items() if n.startswith(("BLOCK_", "TILE")) and isinstance(v, int)}
     return Resources(
         kernel=kernel,
@@ -210,22 +214,23 @@ def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
         block=blocks,
         registers=numbers["REG"],
         # Spills live on the stack: where there is none, ptxas need not run again to say so.
-        spilled_bytes=_spilled_bytes(compiled.asm["ptx"], capability) if numbers["STACK"] else 0,
+        spilled_bytes=spilled_bytes(log) if numbers["STACK"] else 0,
         stack_bytes=numbers["STACK"],
         shared_bytes=compiled.metadata.shared,
         shared_limit=_target(capability).shared_bytes,
+        faults=faults(compiled.asm, log, capability, blocks["BLOCK_D"]) if fed else [],
     )
 
 
 def _commit() -> str:
-    """The commit checked out; marked if the kernels or this script differ from it."""
+    """The commit checked out; marked if the kernels or these scripts differ from it."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    changed = git("status", "--porcelain", "--", "kernels", "bench/kernel_resources.py")
+    changed = git("status", "--porcelain", "--", "kernels", "bench/kernel_resources.py", "bench/kernel_pipeline.py")
     return git("rev-parse", "HEAD") + (" with changes" if changed else "")
 
 
@@ -258,19 +263,21 @@ def main(arguments: list[str] | None = None) -> int:
             row = measure(kernel, case, launch, capability)
             rows.append(row)
             blocks = " ".join(f"{name.removeprefix('BLOCK_')}={size}" for name, size in row.block.items())
+            verdict = "" if row.sound else "  UNSOUND " + "; ".join(row.faults)
             print(
                 f"{kernel:<16}{case:<30}{capability:>4}{row.num_warps:>6}{row.num_stages:>7}{row.registers:>5}"
-                f"{row.spilled_bytes:>8}{row.shared_bytes:>9}  {blocks}{'' if row.sound else '  UNSOUND'}",
+                f"{row.spilled_bytes:>8}{row.shared_bytes:>9}  {blocks}{verdict}",
                 flush=True,
             )
     unsound = [row for row in rows if not row.sound]
-    print(f"{len(rows)} configurations, {len(unsound)} that spill or exceed shared memory")
+    print(f"{len(rows)} configurations, {len(unsound)} that spill, exceed shared memory or show a fault")
     if options.json is not None:
         record = {
             "triton": triton.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": _commit(),
+            "quick": options.quick,
             "shapes": {"queries": QUERIES, "keys": KEYS, "keep": KEEP, "kv_heads": KV_HEADS},
             "rows": [asdict(row) for row in rows],
         }

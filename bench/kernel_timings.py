@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from device_clock import DEVICE, Timings, describe_device
@@ -28,7 +29,7 @@ from rivals import LARGEST_ERROR, differs_from, error_of, sdpa, sdpa_in_parts
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-CHUNK, MEMORIES, KEEP, OBSERVERS, POOL = 4096, (0, 4096, 8192), 4096, 64, 15
+CHUNK, MEMORIES, KEEP, OBSERVERS, POOL = 4096, (0, 4096, 8192), 4096, 16, 15
 Q_HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336  # Llama-3.1-8B
 SCALE = DIM**-0.5
 # What a verdict should lie between.
@@ -39,7 +40,10 @@ TARGETS = {
 }
 # (rows, columns, warps, stages) of the attention kernel. The last two leave room for two programs per multiprocessor,
 # so that one computes its softmax while the other multiplies.
-SWEEP = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
+SWEEP = (
+    *((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4)),
+    *((64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1)),
+)
 
 
 def inputs(memory: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +204,11 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
             taken[name] = timings.skip(f"step: {name}", memory, str(error))
         else:
             taken[name] = timings.add_rival(f"step: {name}", memory, run, wrong=wrong)
+    # Both ways of the step, whichever the cost rule takes: what the rule assumes has to be measured.
+    for way, pays in (("one launch", True), ("several launches", False)):
+        with mock.patch("imdc.kernels.compress_step.one_launch_pays", lambda *_, pays=pays, **__: pays):
+            forced = partial(step, choose("triton", traits)[0])
+            timings.add_rival(f"step: triton, {way}", memory, forced, wrong=wrong)
     return taken | {"auto": taken[auto.name]}
 
 

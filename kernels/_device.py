@@ -50,49 +50,53 @@ def soft_capped(logits, softcap):
 
 
 @triton.jit
-def copy_rows(
-    p_source,
-    p_target,
-    m_rows,
-    p_cos,
-    p_sin,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TURNED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Copy rows of D elements from p_source [rows] to p_target [rows], rotating the first TURNED of them.
+def pooled_scores(scores, o_n, keys, reach):
+    """The largest of the scores o_n - reach .. o_n + reach, cut off at both ends of the row."""
+    b_best = tl.full(o_n.shape, float("-inf"), tl.float32)
+    for shift in range(-reach, reach + 1):
+        m_n = (o_n + shift >= 0) & (o_n + shift < keys)
+        b_best = tl.maximum(b_best, tl.load(scores + o_n + shift, mask=m_n, other=float("-inf")))
+    return b_best
 
-    TURNED = 0 copies as is. Every product and sum is rounded to the element type, as PyTorch does in
-    `reference.rotate`, so that 16-bit results agree to the bit.
+
+@triton.jit
+def ordered(b_score, o_n, keys, sink_tokens, recent_tokens):
+    """Unsigned integers in the order of the scores; forced keys rank above all of them, columns outside below."""
+    b_score = tl.where(b_score == 0.0, 0.0, b_score)  # the two zeros are one score
+    b_bits = b_score.to(tl.uint32, bitcast=True)
+    b_rank = tl.where(b_bits >= 0x80000000, b_bits ^ 0xFFFFFFFF, b_bits ^ 0x80000000)
+    b_rank = tl.where((o_n < sink_tokens) | (o_n >= keys - recent_tokens), 0xFFFFFFFF, b_rank).to(tl.uint32)
+    return tl.where(o_n < keys, b_rank, 0).to(tl.uint32)
+
+
+@triton.jit
+def places(b_rank, threshold, above_before, ties_before, wanted_ties):
+    """Where the kept keys of a tile go, and which are kept: all above the threshold, and the first ties.
+
+    Returns the places and the mask of the tile, and how many keys above and how many ties there are up to its end.
     """
-    DTYPE: tl.constexpr = p_source.dtype.element_ty
-    if TURNED == 0:
-        o_d = tl.arange(0, BLOCK_D)
-        m_d = m_rows[:, None] & (o_d < D)[None, :]
-        tl.store(p_target[:, None] + o_d[None, :], tl.load(p_source[:, None] + o_d[None, :], mask=m_d), mask=m_d)
-    else:
-        HALF: tl.constexpr = TURNED // 2
-        o_h = tl.arange(0, BLOCK_H)
-        m_h = m_rows[:, None] & (o_h < HALF)[None, :]
-        o_low = o_h[None, :]
-        o_high = HALF + o_h[None, :]
-        b_low = widened(tl.load(p_source[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
-        b_high = widened(tl.load(p_source[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
-        b_cos_low = widened(tl.load(p_cos[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
-        b_cos_high = widened(tl.load(p_cos[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
-        b_sin_low = widened(tl.load(p_sin[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
-        b_sin_high = widened(tl.load(p_sin[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
-        b_low_turned = rounded(b_low * b_cos_low, DTYPE, UPCAST).to(tl.float32)
-        b_low_turned -= rounded(b_high * b_sin_low, DTYPE, UPCAST).to(tl.float32)
-        b_high_turned = rounded(b_high * b_cos_high, DTYPE, UPCAST).to(tl.float32)
-        b_high_turned += rounded(b_low * b_sin_high, DTYPE, UPCAST).to(tl.float32)
-        tl.store(p_target[:, None] + o_low, rounded(b_low_turned, DTYPE, UPCAST), mask=m_h)
-        tl.store(p_target[:, None] + o_high, rounded(b_high_turned, DTYPE, UPCAST), mask=m_h)
-        if TURNED < D:
-            o_p = tl.arange(0, BLOCK_P)
-            m_p = m_rows[:, None] & (o_p < D - TURNED)[None, :]
-            o_rest = TURNED + o_p[None, :]
-            tl.store(p_target[:, None] + o_rest, tl.load(p_source[:, None] + o_rest, mask=m_p), mask=m_p)
+    b_above = (b_rank > threshold).to(tl.int32)
+    b_tied = (b_rank == threshold).to(tl.int32)
+    o_above = above_before + tl.cumsum(b_above, axis=0) - b_above
+    o_tied = ties_before + tl.cumsum(b_tied, axis=0) - b_tied
+    m_kept = (b_above == 1) | ((b_tied == 1) & (o_tied < wanted_ties))
+    o_place = o_above + tl.minimum(o_tied, wanted_ties)
+    return o_place, m_kept, above_before + tl.sum(b_above, axis=0), ties_before + tl.sum(b_tied, axis=0)
+
+
+@triton.jit
+def move_rows(
+    k, stride_kt, v, stride_vt, indices, new_k, stride_nt, new_v, stride_wt, start, keep,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Copy the keys and values at indices[start..] of one KV head to rows start.. of the new ones."""
+    o_t = tl.cast(start + tl.arange(0, BLOCK_T), tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_t = o_t < keep
+    m_d = m_t[:, None] & (o_d < D)[None, :]
+    o_kept = tl.load(indices + o_t, mask=m_t, other=0)
+    # Both are read before either is written, which keeps twice as much under way.
+    b_k = tl.load(k + (o_kept * stride_kt)[:, None] + o_d[None, :], mask=m_d)
+    b_v = tl.load(v + (o_kept * stride_vt)[:, None] + o_d[None, :], mask=m_d)
+    tl.store(new_k + (o_t * stride_nt)[:, None] + o_d[None, :], b_k, mask=m_d)
+    tl.store(new_v + (o_t * stride_wt)[:, None] + o_d[None, :], b_v, mask=m_d)

@@ -22,6 +22,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .limits import MAX_HEAD_SIZE
+
 # Triton's own device functions are compiled or interpreted for good when Triton is first imported.
 INTERPRETED: bool = not isinstance(tl.sum, JITFunction)
 if not INTERPRETED and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes", "y"}:
@@ -30,16 +32,16 @@ if not INTERPRETED and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", 
     )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The chip a launch is planned for: compute capability and shared memory per program, in bytes."""
+    """The chip a launch is planned for: compute capability, shared memory per program in bytes, multiprocessors."""
 
     major: int
     minor: int
     shared_bytes: int
+    multiprocessors: int
 
     @property
     def copies_tensors(self) -> bool:
@@ -85,7 +87,7 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.options)
 
 
-INTERPRETER = Target(major=0, minor=0, shared_bytes=2**30)
+INTERPRETER = Target(major=0, minor=0, shared_bytes=2**30, multiprocessors=1)
 
 # KiB of shared memory that one program can ask for (CUDA programming guide, table of compute capabilities); PyTorch
 # tells it only since 2.7. Chips of these generations that are not named have the least of them.
@@ -93,20 +95,28 @@ _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227
 _LEAST_SHARED_KIB = 99
 
 
-def target(major: int, minor: int) -> Target:
-    """The target of a CUDA compute capability.
+# Multiprocessors of the largest card of a generation (A100, H100 SXM, B200), for plans without a device.
+_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}
+_LEAST_MULTIPROCESSORS = 58  # L4
+
+
+def target(major: int, minor: int, multiprocessors: int | None = None) -> Target:
+    """The target of a CUDA compute capability, with the multiprocessors of the device or of the generation's best card.
 
     Raises:
         ValueError: the chip is older than 8.0, which is the first with bfloat16 and asynchronous copies.
     """
     least = "must be at least 8.0; use the sdpa or reference backend"
     require(major >= 8, "device.compute_capability", f"{major}.{minor}", least)
-    return Target(major, minor, 1024 * _SHARED_KIB.get((major, minor), _LEAST_SHARED_KIB))
+    if multiprocessors is None:
+        multiprocessors = _MULTIPROCESSORS.get(major, _LEAST_MULTIPROCESSORS)
+    return Target(major, minor, 1024 * _SHARED_KIB.get((major, minor), _LEAST_SHARED_KIB), multiprocessors)
 
 
 @cache
 def _cuda_target(index: int) -> Target:
-    return target(*torch.cuda.get_device_capability(index))
+    properties = torch.cuda.get_device_properties(index)
+    return target(properties.major, properties.minor, properties.multi_processor_count)
 
 
 def target_of(device: torch.device) -> Target:
@@ -160,9 +170,7 @@ def strided(name: str, x: Tensor, strides: Sequence[str], passed: Any = None) ->
     return {name: x if passed is None else passed, **dict(zip(strides, x.stride(), strict=False))}
 
 
-def logit_arguments(
-    q: Tensor, k: Tensor, config: Config, *, scale: float, softcap: float | None, window: int | None
-) -> dict[str, Any]:
+def logit_arguments(q: Tensor, k: Tensor, config: Config, *, scale: float, softcap: float | None) -> dict[str, Any]:
     """Kernel arguments, in order, of what turns queries and keys into logits and of the blocks they come in.
 
     Raises:
@@ -174,29 +182,13 @@ def logit_arguments(
     return {
         "scale": float(scale),
         "softcap": float(softcap or 0.0),
-        "window": 0 if window is None else window,
         "GROUP": group,
         "D": dim,
         "BLOCK_D": power_of_two(dim, least=16),
         "BLOCK_M": config.rows,
         "BLOCK_N": config.columns,
         "HAS_SOFTCAP": softcap is not None,
-        "HAS_WINDOW": window is not None,
         "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
-    }
-
-
-def copy_arguments(x: Tensor, turned: int, rows: int) -> dict[str, Any]:
-    """Kernel arguments, in order, of `_device.copy_rows` in blocks of `rows` rows of `x`."""
-    dim = x.shape[-1]
-    return {
-        "D": dim,
-        "BLOCK_D": power_of_two(dim),
-        "TURNED": turned,
-        "BLOCK_H": power_of_two(max(1, turned // 2)),
-        "BLOCK_P": power_of_two(max(1, dim - turned)),
-        "BLOCK_T": rows,
-        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
     }
 
 
@@ -247,24 +239,6 @@ def require_same_device(first: str, x: Tensor, second: str, y: Tensor) -> None:
     require(x.device == y.device, f"{second}.device", y.device, f"must be the device of {first}, {x.device}")
 
 
-def require_apart(first: str, x: Tensor, second: str, y: Tensor) -> None:
-    """Check that two tensors share no memory: parallel programs read one while others write the other.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if x.numel() == 0 or y.numel() == 0 or x.device.type == "meta":
-        return
-    (x_first, x_end), (y_first, y_end) = _byte_range(x), _byte_range(y)
-    apart = x_end <= y_first or y_end <= x_first
-    require(apart, second, f"bytes {y_first}..{y_end}", f"must not overlap {first}, bytes {x_first}..{x_end}")
-
-
-def _byte_range(x: Tensor) -> tuple[int, int]:
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
-
-
 def require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     """Check queries [B, Hq, Q, D] against keys [B, Hkv, T, D]: dtypes, devices, head counts, Q <= T, the head size.
 
@@ -283,7 +257,7 @@ def require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     require(1 <= queries <= keys, "q.shape[2]", queries, f"must be 1..{keys}, the number of keys")
 
 
-def require_logits(scale: float, softcap: float | None, window: int | None) -> None:
+def require_logits(scale: float, softcap: float | None) -> None:
     """Check what turns products of queries and keys into logits.
 
     Raises:
@@ -292,4 +266,3 @@ def require_logits(scale: float, softcap: float | None, window: int | None) -> N
     require(0.0 < scale < float("inf"), "scale", scale, "must be positive and finite")
     capped = softcap is None or 0.0 < softcap < float("inf")
     require(capped, "softcap", softcap, "must be positive and finite, or None for no cap")
-    require(window is None or window >= 1, "window", window, "must be at least 1, or None for no window")

@@ -5,9 +5,7 @@
 over the keys j that query i sees: j <= T - Q + i, and j > T - Q + i - window with a sliding window. One pass with
 the online softmax (Milakov and Gimelshein, arXiv 1805.02867; tiled as in FlashAttention-2, arXiv 2307.08691).
 
-A program owns BLOCK_M rows of one KV head. Its rows are (query, head of the group) pairs with the head running
-fastest, so one load of a key block serves the whole group and the causal diagonal cuts few blocks. Blocks that every
-row sees whole come first and are not masked; the diagonal's blocks follow. Programs with the most keys start first.
+A program owns BLOCK_M rows of one KV head (`kernels/_attention.py`). Programs with the most keys start first.
 
 Layouts and reference: `kernels/reference.py`, `chunk_attention`.
 """
@@ -22,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import LN2, LOG2E, rounded, soft_capped, widened
+from ._attention import attend
+from ._device import LN2, rounded, widened
 from ._launch import (
     INTERPRETER,
     Config,
@@ -33,7 +32,7 @@ from ._launch import (
     first_that_fits,
     logit_arguments,
     power_of_two,
-    require_apart,
+    require,
     require_logits,
     require_queries_and_keys,
     require_same_device,
@@ -41,59 +40,6 @@ from ._launch import (
     strided,
     target_of,
 )
-
-
-@triton.jit
-def _attend_blocks(
-    b_acc, b_max, b_sum, b_q, i_b, i_h, k, stride_kt, v, stride_vt, o_position, start, end, scale, softcap, window,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK_FUTURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys start..end, in steps of BLOCK_N; `end` itself is exact only with MASK_FUTURE."""
-    for i_n in range(start, end, BLOCK_N):
-        i_n = tl.multiple_of(i_n, BLOCK_N)
-        o_n = tl.arange(0, BLOCK_N)
-        o_d = tl.arange(0, BLOCK_D)
-        if DESCRIPTORS:
-            b_k = tl.reshape(k.load([i_b, i_h, i_n, 0]), [BLOCK_N, BLOCK_D])
-            b_v = tl.reshape(v.load([i_b, i_h, i_n, 0]), [BLOCK_N, BLOCK_D])
-        else:
-            # The tile's corner is addressed in 64 bits as a scalar; inside the tile 32 bits suffice and save registers.
-            p_k = k + i_n * tl.cast(stride_kt, tl.int64) + o_n[:, None] * stride_kt + o_d[None, :]
-            p_v = v + i_n * tl.cast(stride_vt, tl.int64) + o_n[:, None] * stride_vt + o_d[None, :]
-            if MASK_FUTURE:
-                m_kv = (i_n + o_n < end)[:, None] & (o_d < D)[None, :]
-                b_k = tl.load(p_k, mask=m_kv, other=0.0)
-                b_v = tl.load(p_v, mask=m_kv, other=0.0)
-            elif D == BLOCK_D:
-                b_k = tl.load(p_k)
-                b_v = tl.load(p_v)
-            else:
-                b_k = tl.load(p_k, mask=(o_d < D)[None, :], other=0.0)
-                b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
-        b_s = tl.dot(b_q, tl.trans(widened(b_k, UPCAST)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if HAS_SOFTCAP:
-            b_s = soft_capped(b_s * scale, softcap)
-            factor = LOG2E
-        else:
-            factor = scale * LOG2E
-        if MASK_FUTURE:
-            b_s = tl.where(i_n + o_n[None, :] <= o_position[:, None], b_s, float("-inf"))
-        if HAS_WINDOW:
-            b_s = tl.where(i_n + o_n[None, :] > o_position[:, None] - window, b_s, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * factor)
-        b_base = b_new_max
-        if HAS_WINDOW:
-            # A row may see nothing of its first blocks, and exp2(-inf - -inf) is no number.
-            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_s * factor - b_base[:, None])
-        b_scale = tl.exp2(b_max - b_base)
-        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
-        b_acc = b_acc * b_scale[:, None]
-        b_p = rounded(b_p, b_v.dtype, UPCAST)
-        b_acc = tl.dot(b_p, widened(b_v, UPCAST), b_acc, input_precision="ieee")
-        b_max = b_new_max
-    return b_acc, b_max, b_sum
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -104,16 +50,15 @@ def _chunk_attention_kernel(
     v, stride_vb, stride_vh, stride_vt,
     out, stride_ob, stride_oh, stride_oq,
     lse, stride_lb, stride_lh,
-    queries, keys, kv_heads, kv_rows, scale, softcap, window,
+    queries, keys, kv_heads, kv_rows, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, HAS_WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
-    i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_rows  # the last queries see the most keys
+    first_query = queries - (tl.program_id(0) // kv_rows + 1) * QUERIES  # below 0 where the queries do not fill a block
     i_b = tl.cast(i_row // kv_heads, tl.int64)
     i_h = tl.cast(i_row % kv_heads, tl.int64)
-    first_query = i_m * QUERIES
 
     # Rows are numbered from the block's corner: where they lie is then a constant of the thread, which keeps the
     # addresses of the epilogue out of the registers of the loop.
@@ -121,7 +66,7 @@ def _chunk_attention_kernel(
     o_query = o_m // GROUP
     o_head = tl.cast(o_m % GROUP, tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    m_m = (o_query < queries - first_query) & (o_m < QUERIES * GROUP)
+    m_m = (o_query >= -first_query) & (o_m < QUERIES * GROUP)
     m_q = m_m[:, None] & (o_d < D)[None, :]
 
     q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
@@ -133,27 +78,12 @@ def _chunk_attention_kernel(
 
     p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
     b_q = widened(tl.load(p_q, mask=m_q, other=0.0), UPCAST)
-
-    past = keys - queries  # query i sees keys 0..past + i
-    last_query = tl.minimum(first_query + QUERIES, queries) - 1
-    end = past + last_query + 1
-    whole = (past + first_query + 1) // BLOCK_N * BLOCK_N  # every row sees all keys below this
-    start = 0
-    if HAS_WINDOW:
-        start = tl.maximum(past + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
-    # Rows past the last query are not stored; held at its position they see some key and stay inside the buffer.
-    o_position = past + tl.minimum(first_query + o_query, last_query)
-
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for MASK_FUTURE in tl.static_range(2):
-        b_acc, b_max, b_sum = _attend_blocks(
-            b_acc, b_max, b_sum, b_q, i_row // kv_heads, i_row % kv_heads, k, stride_kt, v, stride_vt, o_position,
-            whole if MASK_FUTURE else start, end if MASK_FUTURE else whole, scale, softcap, window,
-            D=D, BLOCK_D=BLOCK_D, BLOCK_N=BLOCK_N, MASK_FUTURE=MASK_FUTURE,
-            HAS_SOFTCAP=HAS_SOFTCAP, HAS_WINDOW=HAS_WINDOW, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
-        )  # fmt: skip
+    b_acc, b_max, b_sum = attend(
+        b_q, i_row // kv_heads, i_row % kv_heads, k, stride_kt, v, stride_vt, first_query, queries, keys,
+        scale, softcap, window,
+        GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        HAS_SOFTCAP=HAS_SOFTCAP, HAS_WINDOW=HAS_WINDOW, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
+    )  # fmt: skip
 
     p_out = out + (o_query * stride_oq + o_head * stride_oh)[:, None] + o_d[None, :]
     tl.store(p_out, rounded(b_acc / b_sum[:, None], out.dtype.element_ty, UPCAST), mask=m_q)
@@ -175,9 +105,9 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor, target: Target) -> list[tuple[C
     elif not vectors:
         shapes = [Config(64 if block_d <= 128 else 32, 32, num_warps=8, num_stages=1)]
     elif target.copies_tensors and block_d > 128:
-        shapes = [Config(128, 32, num_warps=8, num_stages=3, descriptors=True)]
+        shapes = [Config(128, 64, num_warps=8, num_stages=2, descriptors=True)]
     elif target.copies_tensors:
-        shapes = [Config(128, 128, num_warps=8, num_stages=2, descriptors=True)]
+        shapes = [Config(128, 128, num_warps=8, num_stages=3, descriptors=True)]
     elif block_d > 128:
         shapes = [Config(64, 32, num_warps=8, num_stages=2), Config(64, 32, num_warps=8, num_stages=1)]
     elif block_d > 64:
@@ -186,6 +116,11 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor, target: Target) -> list[tuple[C
         shapes = [Config(128, 64, num_warps=8, num_stages=3)]
     row_bytes = block_d * q.element_size()
     return [(c, (c.rows + 2 * c.columns * c.num_stages) * row_bytes + 2048) for c in shapes]
+
+
+def attention_config(q: Tensor, k: Tensor, v: Tensor, target: Target) -> Config:
+    """The blocks that attention of these tensors is computed in."""
+    return first_that_fits(_candidates(q, k, v, target), target)
 
 
 def plan_chunk_attention(
@@ -205,8 +140,8 @@ def plan_chunk_attention(
     batch, _, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     if config is None:
-        config = first_that_fits(_candidates(q, k, v, target), target)
-    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap, window=window)
+        config = attention_config(q, k, v, target)
+    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
     passed_k, passed_v = (descriptor(x, config.columns, logits["BLOCK_D"]) if config.descriptors else x for x in (k, v))
     return Launch(
         kernel=_chunk_attention_kernel,
@@ -221,12 +156,20 @@ def plan_chunk_attention(
             "keys": keys,
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
+            "window": 0 if window is None else window,
             **logits,
+            "HAS_WINDOW": window is not None,
             "DESCRIPTORS": config.descriptors,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def new_output(q: Tensor) -> Tensor:
+    """Room for the output of the queries `q`, in the order in which the model's output projection wants it."""
+    batch, heads, queries, dim = q.shape
+    return torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
 def chunk_attention(
@@ -237,8 +180,6 @@ def chunk_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bottom-right causal grouped-query attention over memory | chunk.
 
@@ -252,12 +193,10 @@ def chunk_attention(
         scale: factor on the logits, positive.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
         window: keys further back than this are not seen; None sees all.
-        out: where the output goes, shape and dtype of `q`; None allocates it in the order [B, Q, Hq, D], in which the
-            model's output projection wants it, and returns the transposed view.
-        lse: where the log-sum-exp goes, float32 [B, Hq, Q]; None allocates it.
 
     Returns:
-        Output [B, Hq, Q, D] in the dtype of `q`, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
+        Output [B, Hq, Q, D] in the dtype of `q`, a view of the order [B, Q, Hq, D], in which the model's output
+        projection wants it, and the natural log-sum-exp of the logits, float32 [B, Hq, Q].
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -265,17 +204,9 @@ def chunk_attention(
     require_queries_and_keys(q, k)
     require_tensor("v", v, tuple(k.shape), (q.dtype,))
     require_same_device("q", q, "v", v)
-    require_logits(scale, softcap, window)
-    if out is None:
-        batch, heads, queries, dim = q.shape
-        out = torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if lse is None else lse
-    require_tensor("out", out, tuple(q.shape), (q.dtype,))
-    require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
-    for name, x in (("out", out), ("lse", lse)):
-        require_same_device("q", q, name, x)
-        for source, y in (("q", q), ("k", k), ("v", v)):
-            require_apart(source, y, name, x)
+    require_logits(scale, softcap)
+    require(window is None or window >= 1, "window", window, "must be at least 1, or None for no window")
+    out, lse = new_output(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     launch = plan_chunk_attention(
         q, k, v, out, lse, scale=scale, softcap=softcap, window=window, target=target_of(q.device)
     )

@@ -1,35 +1,86 @@
 """One layer's whole step: attention, scoring, selection and compaction, queued without waiting for the device.
 
-What is one launch, and why the rest is another:
+In one launch (`kernels/fused_step.py`) where `one_launch_pays`, else in four or, with pooling, five:
 
-1. `chunk_attention`: logits, softmax, output and log-sum-exp in one launch. The queries x keys matrix stays on chip.
-2. `key_mass`: product, softmax, causal mask, mean over observers and over the heads of the group in one launch. It
-   cannot join launch 1: the probability of a key needs the log-sum-exp of its whole row, which exists only when the
-   last block of that row is done, and the mass of a key needs all rows.
+1. `chunk_attention`: output and log-sum-exp; the queries x keys matrix stays on chip.
+2. `key_mass`: product, softmax, causal mask, and mean over observers and heads of the group.
 3. `pool`, only if `pool_kernel` > 1: a key's neighbours belong to other programs of launch 2.
-4. `select`: threshold, ties, sinks, recent keys and ascending order in one launch. A key is kept or dropped in the
-   light of all scores of its row, so every program of launch 2 or 3 has to be done.
-5. `compact`: keys and values together, with the keys' rotation in the same pass. It uses the whole device to move
-   memory; selection uses one program per row and would hold the move back.
+4. `select`: threshold, ties, sinks, recent keys and ascending order.
+5. `compact`: keys and values together, spread over the whole device.
 
-The launches follow one another on the current stream; nothing is read back, so the host runs ahead of the device.
+Nothing is read back, so the host runs ahead of the device.
 
-Allocated besides the output and the new memory: log-sum-exp (4 bytes per query and query head), scores (4 bytes per
-scored key and KV head, twice with pooling) and indices (8 bytes per kept key and KV head). At Llama-3.1-8B's shape with
-4096 queries, 8192 keys and 4096 kept that is 0.5 + 0.25 (0.5 with pooling) + 0.25 MiB.
+Allocated besides the output and the new memory: scores (4 bytes per scored key and KV head, twice in one launch or with
+pooling), indices (8 bytes per kept key and KV head), and in separate launches the log-sum-exp (4 bytes per query and
+query head).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from ._launch import require_queries_and_keys
-from .chunk_attention import chunk_attention
-from .compact import compact
-from .key_mass import key_mass, require_scoring
+from ._launch import (
+    INTERPRETER,
+    Config,
+    Target,
+    aligned,
+    power_of_two,
+    require_logits,
+    require_queries_and_keys,
+    require_same_device,
+    require_tensor,
+    target_of,
+)
+from .chunk_attention import attention_config, new_output, plan_chunk_attention
+from .compact import plan_compact
+from .fused_step import TILE, plan_fused_step
+from .key_mass import plan_key_mass, require_scoring
+from .pool import plan_pool
 from .reference import require_selection
-from .rotate import require_rotation
-from .select import select
+from .select import plan_select
+
+# What a multiprocessor does in a clock, for the comparison in `one_launch_pays`. Products: half of the dense bfloat16
+# peak that the A100, H100 and B200 data sheets give, per multiprocessor and clock; about what the kernels are estimated
+# to reach. Moved bytes: half of the 64 bytes that a multiprocessor takes from the L2 cache. Clocks of a load that the
+# next one waits for: an access of the L2 cache. None of them has been measured by this project.
+_FLOPS_PER_CLOCK = {8: 1024.0, 9: 2048.0, 10: 4096.0}
+_MOVED_BYTES_PER_CLOCK = 32.0
+_LOAD_CLOCKS = 700.0
+
+
+def one_launch_pays(
+    q: Tensor, k: Tensor, *, rows: int, keep: int, pool_kernel: int, config: Config, target: Target
+) -> bool:
+    """Whether the observers of a KV head fit one program, and that program is done before the rest of the device.
+
+    Only for 16-bit tensors that load in whole vectors.
+
+    The owner of a KV head's observers attends to all keys, multiplies with all of them once more, reads their scores
+    `pool_kernel` times to pool them, four times to find the threshold and once to place the kept ones, and moves those:
+    a chain of work for one multiprocessor. Meanwhile the others attend, on as many multiprocessors as there are. The
+    chain is compared with all work shared out evenly: where it is longer, the step would wait for it, and separate
+    launches spread scoring and moving over the device.
+    """
+    batch, q_heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    block_queries = config.rows // (q_heads // kv_heads)
+    # Elsewhere the compiler runs out of registers for one kernel that does it all; the interpreter has no such limit.
+    fed = q.element_size() == 2 and aligned(k)
+    if rows > block_queries or not (fed or target == INTERPRETER):
+        return False
+    flops_per_clock = _FLOPS_PER_CLOCK.get(target.major, _FLOPS_PER_CLOCK[8])
+    block_d = power_of_two(dim, least=16)
+    product = 2.0 * config.rows * block_d / flops_per_clock  # clocks of one product of a block of rows with one key
+    moved = 4.0 * keep * dim * q.element_size() / _MOVED_BYTES_PER_CLOCK  # keys and values, read and written
+    selected = keys / TILE * (pool_kernel + 5) * _LOAD_CLOCKS
+    chain = 3.0 * product * keys + selected + moved
+    blocks = batch * kv_heads * -(-queries // block_queries)
+    mean_keys = keys - queries / 2
+    everything = 2.0 * product * mean_keys * blocks + batch * kv_heads * (product * keys + selected + moved)
+    return chain <= everything / target.multiprocessors
 
 
 def compress_step(
@@ -45,9 +96,6 @@ def compress_step(
     recent_tokens: int = 0,
     pool_kernel: int = 1,
     softcap: float | None = None,
-    window: int | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
     kept_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend, score the keys by their attention from the last `rows` queries, and keep the best `keep` of them.
@@ -64,9 +112,6 @@ def compress_step(
         recent_tokens: keys kept at the end of the scored ones, whatever their score.
         pool_kernel: odd width of a max-pool over neighbouring scores; 1 leaves them.
         softcap: as in `chunk_attention`.
-        window: as in `chunk_attention`.
-        cos: [keep, R] cosines of the kept keys' new positions, or None to keep the keys as they are.
-        sin: as `cos`.
         kept_k: what to keep of the keys instead of `k`, same shape: their canonical form where `k` is rotated.
 
     Returns:
@@ -75,23 +120,40 @@ def compress_step(
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    # All of it is checked before the first launch: a bad argument must not leave half a step behind.
+    # All of it is checked once, before the first launch: a bad argument must not leave half a step behind.
     require_queries_and_keys(q, k)
+    source_k = k if kept_k is None else kept_k
+    for name, x in (("v", v), ("kept_k", source_k)):
+        require_tensor(name, x, tuple(k.shape), (q.dtype,))
+        require_same_device("q", q, name, x)
+    require_logits(scale, softcap)
     scored = require_scoring(q, k, rows, scored_keys, pool_kernel)
     require_selection(scored, keep, sink_tokens, recent_tokens)
-    require_rotation(k, cos, sin, keep)
-    out, lse = chunk_attention(q, k, v, scale=scale, softcap=softcap, window=window)
-    scores = key_mass(
-        q,
-        k,
-        lse,
-        scale=scale,
-        rows=rows,
-        scored_keys=scored_keys,
-        softcap=softcap,
-        window=window,
-        pool_kernel=pool_kernel,
-    )
-    indices = select(scores, keep, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-    new_k, new_v = compact(k if kept_k is None else kept_k, v, indices, cos=cos, sin=sin)
+
+    (batch, kv_heads, _, dim), device = k.shape, q.device
+    target = target_of(device)
+    config = attention_config(q, k, v, target)
+    logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    forced: dict[str, Any] = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+    out = new_output(q)
+    mass = torch.empty(batch, kv_heads, scored, dtype=torch.float32, device=device)
+    indices = torch.empty(batch, kv_heads, keep, dtype=torch.int64, device=device)
+    new_k, new_v = (torch.empty(batch, kv_heads, keep, dim, dtype=k.dtype, device=device) for _ in range(2))
+    if keep > 0 and one_launch_pays(q, k, rows=rows, keep=keep, pool_kernel=pool_kernel, config=config, target=target):
+        ranks = torch.empty(batch, kv_heads, scored, dtype=torch.int32, device=device)
+        options: dict[str, Any] = {"rows": rows, "pool_kernel": pool_kernel, "config": config, **forced, **logits}
+        plan_fused_step(q, k, v, source_k, out, mass, ranks, indices, new_k, new_v, **options).run(device)
+        return out, new_k, new_v, indices
+
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device)
+    plan_chunk_attention(q, k, v, out, lse, window=None, target=target, config=config, **logits).run(device)
+    if keep == 0:
+        return out, new_k, new_v, indices
+    plan_key_mass(q, k, lse, mass, rows=rows, target=target, **logits).run(device)
+    scores = mass
+    if pool_kernel > 1:
+        scores = torch.empty_like(mass)
+        plan_pool(mass, scores, pool_kernel=pool_kernel).run(device)
+    plan_select(scores, indices, **forced).run(device)
+    plan_compact(source_k, v, indices, new_k, new_v).run(device)
     return out, new_k, new_v, indices

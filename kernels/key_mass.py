@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import LOG2E, soft_capped, widened
+from ._attention import exponents
+from ._device import LOG2E, widened
 from ._launch import (
     INTERPRETER,
     Config,
@@ -43,6 +44,32 @@ from ._launch import (
 from .pool import pool, require_pool_kernel
 
 
+@triton.jit
+def _sum_observers(
+    b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, o_first, start, end, observers, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds the probabilities that the observers start..end give the keys; MASKED: not all of them see all keys."""
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    o_m = tl.arange(0, BLOCK_M)
+    o_query = o_m // GROUP
+    o_head = tl.cast(o_m % GROUP, tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    for t in range(start, end, QUERIES):
+        m_m = (o_query < observers - t) & (o_m < QUERIES * GROUP)
+        p_q = q + t * tl.cast(stride_qq, tl.int64) + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
+        b_q = widened(tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
+        # An infinite log-sum-exp gives the rows that are no observers a probability of zero.
+        b_lse = tl.load(lse + t + o_query + o_head * stride_lh, mask=m_m, other=float("inf"))
+        b_s, factor = exponents(b_k, b_q, scale, softcap, HAS_SOFTCAP, UPCAST)  # [BLOCK_N, BLOCK_M]
+        b_p = tl.exp2(b_s * factor - (b_lse * LOG2E)[None, :])
+        if MASKED:
+            b_p = tl.where((t + o_query)[None, :] >= o_first[:, None], b_p, 0.0)
+        b_mass += tl.sum(b_p, axis=1)
+    return b_mass
+
+
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
 @triton.jit(
     do_not_specialize=[
@@ -55,22 +82,17 @@ def _key_mass_kernel(
     k, stride_kb, stride_kh, stride_kt,
     lse, stride_lb, stride_lh,
     mass, stride_mb, stride_mh,
-    observers, queries, keys, scored, kv_heads, kv_rows, scale, softcap, window,
+    observers, queries, keys, scored, kv_heads, kv_rows, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
     i_n = tl.program_id(0) // kv_rows * BLOCK_N  # the first keys have the most observers
     i_b = tl.cast(i_row // kv_heads, tl.int64)
     i_h = tl.cast(i_row % kv_heads, tl.int64)
-
     o_n = tl.arange(0, BLOCK_N)
-    o_m = tl.arange(0, BLOCK_M)
-    o_query = o_m // GROUP
-    o_head = tl.cast(o_m % GROUP, tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
 
     first_query = queries - observers
     q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
@@ -80,39 +102,25 @@ def _key_mass_kernel(
 
     m_n = o_n < scored - i_n
     p_k = k + o_n[:, None] * stride_kt + o_d[None, :]
-    b_k = widened(tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0), UPCAST)
+    b_k = widened(tl.load(p_k, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
 
-    # Observer t sees keys up to past + t; `o_first` and `o_last` are the observers that see each key.
+    # Observer t sees keys up to past + t; `o_first` is the first observer that sees each key.
     past = keys - observers
     o_first = tl.maximum(i_n + o_n - past, 0)
-    o_last = tl.full([BLOCK_N], 0, tl.int32) + observers - 1
     start = tl.maximum(i_n - past, 0)
-    end = observers
-    if HAS_WINDOW:
-        o_last = tl.minimum(o_last, i_n + o_n + window - 1 - past)
-        end = tl.minimum(observers, i_n + BLOCK_N - 1 + window - past)
+    # From this observer on, every one sees all keys of the block: of the memory's blocks, from the first.
+    seen = tl.maximum(i_n + BLOCK_N - 1 - past, 0)
+    inside = tl.minimum(start + tl.cdiv(seen - start, QUERIES) * QUERIES, observers)
 
     b_mass = tl.zeros([BLOCK_N], tl.float32)
-    for t in range(start, end, QUERIES):
-        m_m = (o_query < observers - t) & (o_m < QUERIES * GROUP)
-        p_q = q + t * tl.cast(stride_qq, tl.int64) + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
-        b_q = widened(tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0), UPCAST)
-        # An infinite log-sum-exp gives the rows that are no observers a probability of zero.
-        b_lse = tl.load(lse + t + o_query + o_head * stride_lh, mask=m_m, other=float("inf"))
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        if HAS_SOFTCAP:
-            b_s = soft_capped(b_s * scale, softcap)
-            factor = LOG2E
-        else:
-            factor = scale * LOG2E
-        b_p = tl.exp2(b_s * factor - (b_lse * LOG2E)[None, :])
-        m_seen = (t + o_query)[None, :] >= o_first[:, None]
-        if HAS_WINDOW:
-            m_seen = m_seen & ((t + o_query)[None, :] <= o_last[:, None])
-        b_mass += tl.sum(tl.where(m_seen, b_p, 0.0), axis=1)
-
-    b_count = tl.maximum((o_last - o_first + 1) * GROUP, 1)
-    tl.store(mass + o_n, b_mass / b_count.to(tl.float32), mask=m_n)
+    for MASKED in tl.static_range(1, -1, -1):
+        b_mass = _sum_observers(
+            b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, o_first,
+            start if MASKED else inside, inside if MASKED else observers, observers, scale, softcap,
+            GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
+            MASKED=MASKED, HAS_SOFTCAP=HAS_SOFTCAP, UPCAST=UPCAST,
+        )  # fmt: skip
+    tl.store(mass + o_n, b_mass / (tl.maximum(observers - o_first, 1) * GROUP).to(tl.float32), mask=m_n)
 
 
 def _candidates(element_size: int, block_d: int, target: Target) -> list[tuple[Config, int]]:
@@ -141,7 +149,6 @@ def plan_key_mass(
     scale: float,
     rows: int,
     softcap: float | None,
-    window: int | None,
     target: Target,
     config: Config | None = None,
 ) -> Launch:
@@ -151,7 +158,7 @@ def plan_key_mass(
     scored = mass.shape[2]
     if config is None:
         config = first_that_fits(_candidates(q.element_size(), power_of_two(dim, least=16), target), target)
-    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap, window=window)
+    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
     return Launch(
         kernel=_key_mass_kernel,
         grid=(batch * kv_heads * triton.cdiv(scored, config.columns),),
@@ -196,23 +203,21 @@ def key_mass(
     rows: int,
     scored_keys: int | None = None,
     softcap: float | None = None,
-    window: int | None = None,
     pool_kernel: int = 1,
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
 
-    A key that no observing row sees has mass 0. The mean runs over the rows that can see the key, so keys inside the
-    observers' own span are not put at a disadvantage.
+    The mean runs over the rows that can see the key, so keys inside the observers' own span are not put at a
+    disadvantage.
 
     Args:
         q: queries [B, Hq, Q, D]; the observers are the last `rows` of them.
         k: keys [B, Hkv, T, D].
-        lse: float32 [B, Hq, Q], from `chunk_attention` with the same scale, softcap and window.
+        lse: float32 [B, Hq, Q], from `chunk_attention` with the same scale and softcap.
         scale: factor on the logits, positive.
         rows: number of observing rows, 1..Q.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
-        window: as in `chunk_attention`.
         pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
 
     Returns:
@@ -224,13 +229,11 @@ def key_mass(
     require_queries_and_keys(q, k)
     require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
     require_same_device("q", q, "lse", lse)
-    require_logits(scale, softcap, window)
+    require_logits(scale, softcap)
     scored = require_scoring(q, k, rows, scored_keys, pool_kernel)
     mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass
-    launch = plan_key_mass(
-        q, k, lse, mass, scale=scale, rows=rows, softcap=softcap, window=window, target=target_of(q.device)
-    )
+    launch = plan_key_mass(q, k, lse, mass, scale=scale, rows=rows, softcap=softcap, target=target_of(q.device))
     launch.run(q.device)
     return pool(mass, pool_kernel)

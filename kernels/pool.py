@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import pooled_scores
 from ._launch import Launch, require, require_tensor, strided
 
 BLOCK = 256
@@ -30,11 +31,7 @@ def _pool_kernel(
     i_b = tl.cast(i_row // heads, tl.int64)
     i_h = tl.cast(i_row % heads, tl.int64)
     o_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_mass = mass + i_b * stride_mb + i_h * stride_mh + o_n
-    b_best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    for shift in range(-reach, reach + 1):
-        m_n = (o_n + shift >= 0) & (o_n + shift < keys)
-        b_best = tl.maximum(b_best, tl.load(p_mass + shift, mask=m_n, other=float("-inf")))
+    b_best = pooled_scores(mass + i_b * stride_mb + i_h * stride_mh, o_n, keys, reach)
     tl.store(pooled + i_b * stride_pb + i_h * stride_ph + o_n, b_best, mask=o_n < keys)
 
 

@@ -85,7 +85,6 @@ def key_mass(
     rows: int,
     scored_keys: int | None = None,
     softcap: float | None = None,
-    window: int | None = None,
     pool_kernel: int = 1,
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
@@ -102,7 +101,6 @@ def key_mass(
         rows: number of observing rows, 1..Q.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
-        window: as in `chunk_attention`.
         pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
 
     Returns:
@@ -115,7 +113,7 @@ def key_mass(
     mass = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=q.device)
     seen = torch.zeros(keys, dtype=torch.float32, device=q.device)
     for first, count in _row_blocks(queries - rows, queries, batch * group * keys):
-        visible = _visible(first, count, queries, keys, window, q.device)
+        visible = _visible(first, count, queries, keys, None, q.device)
         seen += visible.sum(dim=0)
         block = slice(first, first + count)
         for head in range(kv_heads):
@@ -195,23 +193,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def compact(
-    k: Tensor, v: Tensor, indices: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gather the kept keys and values; with cos and sin, kept key r is also rotated to row r of them.
+def compact(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather the kept keys and values.
 
     Args:
         k: keys [B, Hkv, T, D].
         v: values, as `k`.
         indices: int64 [B, Hkv, keep].
-        cos: [keep, R] cosines of the kept keys' new positions, or None.
-        sin: as `cos`.
 
     Returns:
         New contiguous keys and values [B, Hkv, keep, D].
     """
     index = indices[..., None].expand(*indices.shape, k.shape[-1])
-    kept_k, kept_v = torch.gather(k, 2, index), torch.gather(v, 2, index)
-    if cos is not None and sin is not None:
-        kept_k = rotate(kept_k, cos, sin)
-    return kept_k, kept_v
+    return torch.gather(k, 2, index), torch.gather(v, 2, index)

@@ -18,18 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import copy_rows
+from ._device import rounded, widened
 from ._launch import (
     FLOATS,
-    MAX_HEAD_SIZE,
+    INTERPRETED,
     Launch,
-    copy_arguments,
+    power_of_two,
     require,
-    require_apart,
     require_same_device,
     require_tensor,
     strided,
 )
+from .limits import MAX_HEAD_SIZE
 
 BLOCK = 32
 
@@ -42,32 +42,50 @@ def _rotate_kernel(
     cos, stride_ct,
     sin, stride_st,
     keys, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(keys, BLOCK_T)
     i_row = tl.program_id(0) // blocks
     i_b = tl.cast(i_row // heads, tl.int64)
     i_h = tl.cast(i_row % heads, tl.int64)
     o_t = tl.cast(tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T), tl.int64)
-    copy_rows(
-        x + i_b * stride_xb + i_h * stride_xh + o_t * stride_xt,
-        out + i_b * stride_ob + i_h * stride_oh + o_t * stride_ot,
-        o_t < keys,
-        cos + o_t * stride_ct,
-        sin + o_t * stride_st,
-        D=D,
-        BLOCK_D=BLOCK_D,
-        TURNED=TURNED,
-        BLOCK_H=BLOCK_H,
-        BLOCK_P=BLOCK_P,
-        UPCAST=UPCAST,
-    )
+    m_t = o_t < keys
+    p_x = x + i_b * stride_xb + i_h * stride_xh + o_t * stride_xt
+    p_out = out + i_b * stride_ob + i_h * stride_oh + o_t * stride_ot
+    p_cos = cos + o_t * stride_ct
+    p_sin = sin + o_t * stride_st
+
+    # Every product and sum is rounded to the element type, as PyTorch does, so that 16-bit results agree to the bit.
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = TURNED // 2
+    o_h = tl.arange(0, BLOCK_H)
+    m_h = m_t[:, None] & (o_h < HALF)[None, :]
+    o_low = o_h[None, :]
+    o_high = HALF + o_h[None, :]
+    b_low = widened(tl.load(p_x[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
+    b_high = widened(tl.load(p_x[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
+    b_cos_low = widened(tl.load(p_cos[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
+    b_cos_high = widened(tl.load(p_cos[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
+    b_sin_low = widened(tl.load(p_sin[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
+    b_sin_high = widened(tl.load(p_sin[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
+    b_low_turned = rounded(b_low * b_cos_low, DTYPE, UPCAST).to(tl.float32)
+    b_low_turned -= rounded(b_high * b_sin_low, DTYPE, UPCAST).to(tl.float32)
+    b_high_turned = rounded(b_high * b_cos_high, DTYPE, UPCAST).to(tl.float32)
+    b_high_turned += rounded(b_low * b_sin_high, DTYPE, UPCAST).to(tl.float32)
+    tl.store(p_out[:, None] + o_low, rounded(b_low_turned, DTYPE, UPCAST), mask=m_h)
+    tl.store(p_out[:, None] + o_high, rounded(b_high_turned, DTYPE, UPCAST), mask=m_h)
+    if TURNED < D:
+        o_p = tl.arange(0, BLOCK_P)
+        m_p = m_t[:, None] & (o_p < D - TURNED)[None, :]
+        o_rest = TURNED + o_p[None, :]
+        tl.store(p_out[:, None] + o_rest, tl.load(p_x[:, None] + o_rest, mask=m_p), mask=m_p)
 
 
 def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
     """The launch of `rotate` for checked arguments."""
-    batch, heads, keys, _ = x.shape
+    batch, heads, keys, dim = x.shape
+    turned = cos.shape[1]
     return Launch(
         kernel=_rotate_kernel,
         grid=(batch * heads * triton.cdiv(keys, BLOCK),),
@@ -78,52 +96,42 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
             **strided("sin", sin, ("stride_st",)),
             "keys": keys,
             "heads": heads,
-            **copy_arguments(x, cos.shape[1], BLOCK),
+            "D": dim,
+            "TURNED": turned,
+            "BLOCK_H": power_of_two(turned // 2),
+            "BLOCK_P": power_of_two(max(1, dim - turned)),
+            "BLOCK_T": BLOCK,
+            "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
         },
         num_warps=4,
         num_stages=1,
     )
 
 
-def require_rotation(k: Tensor, cos: Tensor | None, sin: Tensor | None, rows: int) -> None:
-    """Check cos and sin [rows, R] for keys `k`: R even, 2..D, and the dtype and device of `k`; or None, both of them.
-
-    Raises:
-        ValueError: naming the argument, its value and the rule.
-    """
-    if cos is None or sin is None:
-        require(cos is sin, "sin", "None" if sin is None else "given", "give both cos and sin or neither")
-        return
-    require_tensor("cos", cos, (rows, None), (k.dtype,))
-    require_tensor("sin", sin, tuple(cos.shape), (k.dtype,))
-    require_same_device("k", k, "cos", cos)
-    require_same_device("k", k, "sin", sin)
-    turned, dim = cos.shape[1], k.shape[-1]
-    require(2 <= turned <= dim and turned % 2 == 0, "cos.shape[1]", turned, f"must be even and 2..{dim}, the head size")
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the keys `x`; bit for bit what `reference.rotate` gives in 16-bit types.
 
     Args:
         x: keys [B, Hkv, T, D], dense in the last dimension.
-        cos: [T, R], R <= D and even, in the dtype of `x`; the dimensions past R pass unchanged.
+        cos: [T, R] in the dtype of `x`, R even and 2..D; the dimensions past R pass unchanged.
         sin: as `cos`.
-        out: where the result goes, shape and dtype of `x`, apart from it in memory; None allocates it.
 
     Returns:
-        Rotated keys [B, Hkv, T, D].
+        Rotated keys [B, Hkv, T, D], contiguous.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
     require_tensor("x", x, (None, None, None, None), FLOATS)
-    require(1 <= x.shape[3] <= MAX_HEAD_SIZE, "x.shape[3]", x.shape[3], f"head sizes of 1..{MAX_HEAD_SIZE} only")
-    require_rotation(x, cos, sin, x.shape[2])
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    require_tensor("out", out, tuple(x.shape), (x.dtype,))
-    require_same_device("x", x, "out", out)
-    require_apart("x", x, "out", out)
+    dim = x.shape[3]
+    require(1 <= dim <= MAX_HEAD_SIZE, "x.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} only")
+    require_tensor("cos", cos, (x.shape[2], None), (x.dtype,))
+    require_tensor("sin", sin, tuple(cos.shape), (x.dtype,))
+    require_same_device("x", x, "cos", cos)
+    require_same_device("x", x, "sin", sin)
+    turned = cos.shape[1]
+    require(2 <= turned <= dim and turned % 2 == 0, "cos.shape[1]", turned, f"must be even and 2..{dim}, the head size")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
         plan_rotate(x, cos, sin, out).run(x.device)
     return out

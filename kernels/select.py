@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import ordered, places
 from ._launch import INTERPRETED, Launch, power_of_two, require_tensor, strided
 from .reference import require_selection
 
@@ -30,14 +31,9 @@ TILE = 2048
 
 
 @triton.jit
-def _ordered_scores(scores, o_n, keys, sink_tokens, recent_tokens):
-    """Unsigned integers in the order of the scores; forced keys rank above all of them, columns outside below."""
+def _ranks(scores, o_n, keys, sink_tokens, recent_tokens):
     b_score = tl.load(scores + o_n, mask=o_n < keys, other=0.0)
-    b_score = tl.where(b_score == 0.0, 0.0, b_score)  # the two zeros are one score
-    b_bits = b_score.to(tl.uint32, bitcast=True)
-    b_rank = tl.where(b_bits >= 0x80000000, b_bits ^ 0xFFFFFFFF, b_bits ^ 0x80000000)
-    b_rank = tl.where((o_n < sink_tokens) | (o_n >= keys - recent_tokens), 0xFFFFFFFF, b_rank).to(tl.uint32)
-    return tl.where(o_n < keys, b_rank, 0).to(tl.uint32)
+    return ordered(b_score, o_n, keys, sink_tokens, recent_tokens)
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -59,7 +55,7 @@ def _select_kernel(
     indices += i_b * stride_ib + i_h * stride_ih
     o_n = tl.arange(0, BLOCK_N)
     if IN_REGISTERS:
-        b_rank = _ordered_scores(scores, o_n, keys, sink_tokens, recent_tokens)
+        b_rank = _ranks(scores, o_n, keys, sink_tokens, recent_tokens)
 
     # The last candidate refused is the threshold plus one, so its count is that of the scores above the threshold.
     threshold = tl.full([], 0, tl.uint32)
@@ -72,7 +68,7 @@ def _select_kernel(
         else:
             b_reached = tl.zeros([BLOCK_N], tl.int32)
             for start in range(0, keys, BLOCK_N):
-                b_row = _ordered_scores(scores, start + o_n, keys, sink_tokens, recent_tokens)
+                b_row = _ranks(scores, start + o_n, keys, sink_tokens, recent_tokens)
                 b_reached += (b_row >= candidate).to(tl.int32)
         reached = tl.sum(b_reached, axis=0)
         threshold = tl.where(reached >= keep, candidate, threshold)
@@ -85,16 +81,9 @@ def _select_kernel(
     ties_before = tl.full([], 0, tl.int32)
     for start in range(0, keys, TILE):
         o_tile = start + tl.arange(0, TILE)
-        b_tile = _ordered_scores(scores, o_tile, keys, sink_tokens, recent_tokens)
-        b_above = (b_tile > threshold).to(tl.int32)
-        b_tied = (b_tile == threshold).to(tl.int32)
-        o_above = above_before + tl.cumsum(b_above, axis=0) - b_above
-        o_tied = ties_before + tl.cumsum(b_tied, axis=0) - b_tied
-        m_kept = (b_above == 1) | ((b_tied == 1) & (o_tied < wanted_ties))
-        o_place = o_above + tl.minimum(o_tied, wanted_ties)
+        b_tile = _ranks(scores, o_tile, keys, sink_tokens, recent_tokens)
+        o_place, m_kept, above_before, ties_before = places(b_tile, threshold, above_before, ties_before, wanted_ties)
         tl.store(indices + o_place, o_tile.to(tl.int64), mask=m_kept)
-        above_before += tl.sum(b_above, axis=0)
-        ties_before += tl.sum(b_tied, axis=0)
 
 
 def plan_select(scores: Tensor, indices: Tensor, *, sink_tokens: int, recent_tokens: int) -> Launch:

@@ -21,7 +21,7 @@ if not ON_DEVICE:
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-POISON = -(2**62)
+LOG2E = 1.4426950408889634
 HARDWARE_UNITS = 2.0 if ON_DEVICE else 0.0
 
 
@@ -112,11 +112,16 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, **logits: Any) -> Tensor:
     return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
-def mass_of(q: Tensor, k: Tensor, *, rows: int, **logits: Any) -> Tensor:
-    """Mass of every key [B, Hkv, T] from the whole matrix of probabilities, head by head."""
+def mass_of(q: Tensor, k: Tensor, *, rows: int, lse: Tensor | None = None, **logits: Any) -> Tensor:
+    """Mass of every key [B, Hkv, T] from the whole matrix of probabilities, head by head.
+
+    With `lse` [B, Hq, Q] the probabilities are powers of two of the distance to it, as on a device.
+    """
     batch, q_heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    weights = logits_of(q, k, **logits).softmax(dim=-1)[:, :, queries - rows :]
+    table = logits_of(q, k, **logits)
+    weights = table.softmax(dim=-1) if lse is None else torch.exp2(table * LOG2E - (lse * LOG2E)[..., None])
+    weights = weights[:, :, queries - rows :]
     seen = visible(queries, keys, logits["window"], q.device)[queries - rows :].sum(dim=0)
     summed = torch.zeros(batch, kv_heads, keys, dtype=q.dtype, device=q.device)
     for head in range(q_heads):
@@ -124,19 +129,42 @@ def mass_of(q: Tensor, k: Tensor, *, rows: int, **logits: Any) -> Tensor:
     return summed / (seen * (q_heads // kv_heads)).clamp_min(1)
 
 
-def assert_near(result: Tensor, truth: Tensor, rival: Tensor, factor: float, *, softcap: float | None = None) -> None:
+def masses_in_several_orders(case: Case, q: Tensor, k: Tensor, lse: Tensor, *, rows: int) -> list[Tensor]:
+    """PyTorch's mass in float32 with the head dimensions and the heads of each group shuffled: orders of its sums."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(6):
+        dims = torch.randperm(case.dim, generator=generator).to(q.device)
+        order = torch.arange(case.kv_heads)[:, None] * case.group + torch.randperm(case.group, generator=generator)
+        heads = order.flatten().to(q.device)
+        queries, keys = q.float()[:, heads][..., dims], k.float()[..., dims]
+        found.append(mass_of(queries, keys, rows=rows, lse=lse[:, heads], **case.logits))
+    return found
+
+
+def assert_near(
+    result: Tensor,
+    truth: Tensor,
+    rival: Tensor | list[Tensor],
+    factor: float,
+    *,
+    softcap: float | None = None,
+) -> None:
     """Check that the error against float64 is at most `factor` times that of the same PyTorch computation.
 
-    The rival's error counts as at least half a unit in the last place of the largest value: on tiny shapes PyTorch may
-    hit the truth exactly. A GPU's own exp2, log2 and division, which kernels use and PyTorch does not, are right to
-    two units of float32 (ex2.approx, lg2.approx and div.full in the PTX manual); a cap multiplies those of its logits.
+    A sum depends on its order, and one order may be lucky: where there are several rivals, which compute the same in
+    several orders, the largest of their errors counts. It counts as at least half a unit in the last place of the
+    largest value: on tiny shapes PyTorch may hit the truth exactly. A GPU's own exp2, log2 and division, which kernels
+    use and PyTorch does not, are right to two units of float32 (ex2.approx, lg2.approx and div.full in the PTX manual);
+    a cap multiplies those of its logits.
     """
     assert result.shape == truth.shape
     assert torch.isfinite(result).all()
-    kind = rival.dtype
+    rivals = [rival] if isinstance(rival, Tensor) else rival
+    kind = rivals[0].dtype
     hardware = HARDWARE_UNITS * torch.finfo(torch.float32).eps * max(1.0, softcap or 0.0)
     floor = max(0.5 * torch.finfo(kind).eps, hardware) * truth.abs().max().item()
-    allowed = factor * max((rival.double() - truth).abs().max().item(), floor)
+    allowed = factor * max(floor, *((one.double() - truth).abs().max().item() for one in rivals))
     error = (result.double() - truth).abs().max().item()
     assert error <= allowed, f"error {error:.3g}, PyTorch's {allowed / factor:.3g}, allowed {allowed:.3g}"
 
@@ -153,7 +181,7 @@ def poisoned_memory() -> Iterator[list[Tensor]]:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
             x: Tensor = allocate(*args, **kwargs)
             handed_out.append(x)
-            return x.fill_(float("nan") if x.is_floating_point() else POISON)
+            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min // 2)
 
         return allocate_poisoned
 

@@ -6,6 +6,7 @@ import importlib.machinery
 import sys
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from tiny_models import FAMILIES, greedy
 import imdc
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
-from imdc.model.backend_rule import ALL_PACKAGES, MAX_HEAD_SIZE, AttentionTraits, choose_backend, find_flash
+from imdc.model.backend_rule import (
+    ALL_PACKAGES,
+    AttentionTraits,
+    choose_backend,
+    find_flash,
+    installed_packages,
+)
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.plan import plan_shape
@@ -85,7 +92,28 @@ def test_auto_takes_triton_on_a_gpu_and_says_why_not() -> None:
     assert "head size 320" in why
     backend, why = choose_backend("auto", AttentionTraits("cuda", "bfloat16", 80, False), frozenset())
     assert backend == "sdpa"
-    assert "triton is not installed" in why
+    assert "triton is not installed, or older than 3.4" in why
+
+
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [
+        ({"capability": (7, 5)}, "compute capability 8.0 or newer, the device has 7.5"),
+        ({"rocm": True}, "this PyTorch is built for ROCm"),
+    ],
+    ids=["T4", "ROCm"],
+)
+def test_devices_that_the_kernels_do_not_know_take_sdpa(known: dict[str, Any], reason: str) -> None:
+    backend, why = choose_backend("auto", AttentionTraits("cuda", "float16", 64, False, **known), ALL_PACKAGES)
+    assert backend == "sdpa" and reason in why
+    assert choose_backend("auto", AttentionTraits("cuda", "float16", 64, False, (8, 0)), ALL_PACKAGES)[0] == "triton"
+
+
+@pytest.mark.parametrize(("version", "usable"), [("3.3.1", False), ("3.4.0", True), ("3.10.0", True)])
+def test_an_old_triton_counts_as_missing(version: str, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert ("triton" in installed_packages()) == usable
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
@@ -97,11 +125,6 @@ def test_devices_without_fused_operators_take_the_reference(device: str, monkeyp
     assert f"not sdpa: PyTorch's operators that return the log-sum-exp are for cpu and cuda, not {device}" in why
     with pytest.raises(ConfigError, match=r"backend='sdpa' cannot be used: .* one of \['reference'\]"):
         choose_backend("sdpa", traits, ALL_PACKAGES)
-
-
-def test_the_rule_knows_the_limits_of_the_kernels() -> None:
-    launch = pytest.importorskip("imdc.kernels._launch", reason="the package triton is not installed")
-    assert MAX_HEAD_SIZE == launch.MAX_HEAD_SIZE
 
 
 @pytest.mark.parametrize("head_dim", [80, 320])

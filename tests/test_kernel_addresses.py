@@ -15,10 +15,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from imdc.kernels.chunk_attention import chunk_attention
-from imdc.kernels.compact import compact
+from imdc.kernels._launch import target_of
+from imdc.kernels.chunk_attention import chunk_attention, plan_chunk_attention
+from imdc.kernels.compact import compact, plan_compact
+from imdc.kernels.compress_step import compress_step
 from imdc.kernels.key_mass import key_mass
-from imdc.kernels.rotate import rotate
+from imdc.kernels.rotate import plan_rotate, rotate
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 HEADS, ROWS, DIM = 3, 300, 16
@@ -71,6 +73,9 @@ def test_elements_may_lie_beyond_32_bits(
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     assert torch.equal(key_mass(far_q, far_k, lse, scale=0.25, rows=290), key_mass(q, k, lse, scale=0.25, rows=290))
 
+    step, far_step = (compress_step(*x, scale=0.25, keep=40, rows=8) for x in ((q, k, v), (far_q, far_k, far_v)))
+    assert all(torch.equal(x, y) for x, y in zip(step, far_step, strict=True))
+
     indices = torch.arange(1, ROWS, 2, device=DEVICE).expand(1, heads, -1).contiguous()
     expected_k, expected_v = compact(k, v, indices)
     kept_k, kept_v = compact(far_k, far_v, indices)
@@ -79,11 +84,15 @@ def test_elements_may_lie_beyond_32_bits(
     turned = rotate(k, cos, sin)
     assert torch.equal(rotate(far_k, cos, sin), turned)
 
-    target = spread(buffer, torch.full_like(q, float("nan")), 0)
-    assert torch.equal(chunk_attention(q, k, v, scale=0.25, out=target)[0], expected)
-    assert torch.equal(rotate(k, cos, sin, out=target.fill_(float("nan"))), turned)
+    target, chip = spread(buffer, torch.full_like(q, float("nan")), 0), target_of(q.device)
+    options = {"scale": 0.25, "softcap": None, "window": None, "target": chip}
+    plan_chunk_attention(q, k, v, target, lse, **options).run(q.device)
+    assert torch.equal(target, expected)
+    plan_rotate(k, cos, sin, target.fill_(float("nan"))).run(q.device)
+    assert torch.equal(target, turned)
     every = torch.arange(ROWS, device=DEVICE).expand(1, heads, -1).contiguous()
-    assert torch.equal(compact(k, v, every, out_k=target.fill_(float("nan")))[0], k)
+    plan_compact(k, v, every, target.fill_(float("nan")), torch.empty_like(v)).run(q.device)
+    assert torch.equal(target, k)
 
 
 COMPILED_ONCE = """
@@ -92,8 +101,9 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import kernel_resources as resources
 from imdc.kernels._launch import target
-from imdc.kernels.chunk_attention import plan_chunk_attention
+from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
 from imdc.kernels.compact import plan_compact
+from imdc.kernels.fused_step import plan_fused_step
 from imdc.kernels.key_mass import plan_key_mass
 from imdc.kernels.pool import plan_pool
 from imdc.kernels.rotate import plan_rotate
@@ -111,23 +121,29 @@ for memory, chunk, keep, capacity in steps:
     out, lse = ghost(1, chunk, 32, 128).transpose(1, 2), ghost(1, 32, chunk, dtype=torch.float32)
     mass, indices = ghost(1, 8, keys, dtype=torch.float32), ghost(1, 8, keep, dtype=torch.int64)
     kept, cos = ghost(1, 8, keep, 128), ghost(keys, 128)
-    logits = {"scale": 0.1, "softcap": None, "window": None, "target": target(9, 0)}
+    ranks, chip = ghost(1, 8, keys, dtype=torch.int32), target(9, 0)
+    logits = {"scale": 0.1, "softcap": None}
+    forced = {"sink_tokens": 4, "recent_tokens": 32}
     for launch in (
-        plan_chunk_attention(q, k, v, out, lse, **logits),
-        plan_key_mass(q, k, lse, mass, rows=min(64, chunk), **logits),
+        plan_chunk_attention(q, k, v, out, lse, window=None, target=chip, **logits),
+        plan_key_mass(q, k, lse, mass, rows=min(64, chunk), target=chip, **logits),
+        plan_fused_step(
+            q, k, v, k, out, mass, ranks, indices, kept, kept, rows=min(16, chunk), pool_kernel=15,
+            config=attention_config(q, k, v, chip), **forced, **logits,
+        ),
         plan_pool(mass, mass, pool_kernel=15),
-        plan_select(mass, indices, sink_tokens=4, recent_tokens=32),
-        plan_compact(k, v, indices, None, None, kept, kept),
+        plan_select(mass, indices, **forced),
+        plan_compact(k, v, indices, kept, kept),
         plan_rotate(k, cos, cos, ghost(1, 8, keys, 128)),
         plan_rotate(q, cos[memory:], cos[memory:], ghost(1, 32, chunk, 128)),
     ):
         source = resources.source_of(launch)
         # Selection has a kernel for every power of two up to the length of the row.
-        name = launch.kernel.__name__, launch.arguments.get("TILE") and launch.arguments["BLOCK_N"]
+        name = launch.kernel.__name__, "select" in launch.kernel.__name__ and launch.arguments["BLOCK_N"]
         seen.setdefault(name, set()).add(repr((source.signature, source.constants, source.attrs)))
 for name, kinds in seen.items():
     assert len(kinds) == 1, (name, kinds)
-assert len(seen) == 5 + 3, list(seen)
+assert len(seen) == 6 + 3, list(seen)
 """
 
 

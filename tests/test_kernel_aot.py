@@ -22,21 +22,50 @@ SCRIPT = ROOT / "bench" / "kernel_resources.py"
 # ptxas lets a thread have 255 registers; an SM has 65,536.
 MOST_REGISTERS, REGISTER_FILE = 255, 65_536
 
-SPILLING = """
+MEASURED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import kernel_resources as resources
 from imdc.kernels._launch import Config, target
 from imdc.kernels.chunk_attention import plan_chunk_attention
-q, k = (torch.empty(1, heads, 4096, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
-lse = torch.empty(1, 32, 4096, device="meta")
-config = Config(128, 64, num_warps=4, num_stages=3)
-launch = plan_chunk_attention(
-    q, k, k, q, lse, scale=0.1, softcap=None, window=None, target=target(8, 0), config=config
-)
-measured = resources.measure("chunk_attention", "spilling", launch, 80)
+
+def measure(capability, *config):
+    q, k = (torch.empty(1, heads, 4096, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    launch = plan_chunk_attention(
+        q, k, k, q, torch.empty(1, 32, 4096, device="meta"), scale=0.1, softcap=None, window=None,
+        target=target(*divmod(capability, 10)), config=Config(*config),
+    )
+    return resources.measure("chunk_attention", "", launch, capability)
+"""
+SPILLING = """
+measured = measure(80, 128, 64, 4, 3)
 assert measured.spilled_bytes > 0 and not measured.sound, measured
+"""
+# Nothing of these spills: without looking at how blocks are fed, all of them would pass.
+SLOW = """
+for capability, config, fault in (
+    (80, (128, 32, 8, 1), "blocks are copied 0 iterations ahead"),
+    (90, (128, 128, 8, 1, True), "blocks are copied 0 iterations ahead"),
+    (90, (128, 128, 8, 2, True), "blocks are copied 1 iterations ahead, at least 2"),
+    (80, (32, 32, 4, 3), "32 rows share a load of the keys"),
+    (90, (32, 32, 4, 3, True), "no matrix instruction of sm_90"),
+    (90, (128, 32, 8, 3, True), "wgmma of 32 columns"),
+):
+    measured = measure(capability, *config)
+    assert measured.spilled_bytes == measured.stack_bytes == 0, measured
+    assert any(fault in one for one in measured.faults) and not measured.sound, measured
+"""
+# The keys and values of one iteration side by side: what the compiler makes of it is one barrier for both.
+ONE_BARRIER = """
+import kernel_pipeline
+body = ["scf.for", "  ttng.wait_barrier %a", *["  ttng.async_tma_copy_global_to_local %k"] * 2]
+body += ["  ttng.warp_group_dot !ttg.memdesc<128x128xbf16> * !ttg.memdesc<128x128xbf16>"] * 2
+code = "\\n".join([*["ttng.async_tma_copy_global_to_local"] * 4, *body, "}"] * 2)
+found = kernel_pipeline.faults({"ttgir": code, "ptx": "wgmma.mma_async.sync.aligned.m64n128k16"}, "", 90, 128)
+assert found == ["2 copies wait at 1 barriers"], found
+found = kernel_pipeline.faults({"ttgir": code, "ptx": ""}, "wgmma.mma_async instructions are serialized", 90, 128)
+assert "wgmma is serialised" in found, found
 """
 
 
@@ -53,10 +82,11 @@ def test_production_configurations_neither_spill_nor_overflow(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["rows"]
     compiled = {(row["kernel"], row["capability"]) for row in rows}
-    kernels = {"chunk_attention", "key_mass", "select", "pool", "compact", "rotate"}
+    kernels = {"chunk_attention", "fused_step", "key_mass", "select", "pool", "compact", "rotate"}
     assert compiled == {(kernel, capability) for kernel in kernels for capability in (80, 90, 100)}
     for row in rows:
         assert row["spilled_bytes"] == row["stack_bytes"] == 0, row
+        assert row["faults"] == [], row
         assert row["shared_bytes"] <= {80: 163, 90: 227, 100: 227}[row["capability"]] * 1024, row
         assert 0 < row["registers"] <= MOST_REGISTERS, row
         assert row["registers"] * row["num_warps"] * 32 <= REGISTER_FILE, row
@@ -64,8 +94,9 @@ def test_production_configurations_neither_spill_nor_overflow(tmp_path: Path) ->
     assert {("D=64 bf16 G=4", 80), ("D=128 bf16 G=4", 80), ("D=64 bf16 G=4", 90), ("D=128 bf16 G=4", 90)} <= attention
 
 
-def test_a_configuration_that_spills_is_found_out() -> None:
-    done = run("-I", "-c", SPILLING, str(SCRIPT.parent))
+@pytest.mark.parametrize("code", [SPILLING, SLOW, ONE_BARRIER], ids=["spilling", "slow", "one barrier"])
+def test_unsound_code_is_found_out(code: str) -> None:
+    done = run("-I", "-c", MEASURED + code, str(SCRIPT.parent))
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""`kernels/compress_step.py`: the four kernels as one call, and what it allocates and asks of the device."""
+"""`kernels/compress_step.py`: the step in one launch and in several, what it allocates, and which way it takes."""
 
 from __future__ import annotations
 
@@ -15,48 +15,67 @@ from kernel_cases import (
     attention_oracle,
     eager_attention,
     mass_of,
+    masses_in_several_orders,
     poisoned_memory,
+    unaligned,
 )
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from imdc.kernels import _launch, reference
-from imdc.kernels.compress_step import compress_step
+from imdc.kernels import compress_step as module
+from imdc.kernels._launch import Config, target
+from imdc.kernels.chunk_attention import attention_config
+from imdc.kernels.compress_step import compress_step, one_launch_pays
 
+# Groups of 1, 3, 4, 7 and 8; ragged lengths, empty memory, a one-token chunk, capped logits.
 CASES = (
     Case(1, 2, 4, 50, 117, 64),
     Case(2, 1, 3, 33, 33, 96),
     Case(1, 2, 1, 1, 70, 32),
-    Case(1, 1, 8, 40, 100, 16, softcap=20.0, window=64),
+    Case(1, 1, 8, 40, 230, 16, softcap=2.0),
+    Case(1, 2, 7, 37, 101, 80),
+    Case(1, 1, 4, 1, 1, 16),
 )
+WAYS = ["one launch", "several"]
 
 
-def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(rows)[:, None] * 10000.0 ** -torch.linspace(0.0, 0.9, dim)
-    return angle.cos().to(DEVICE, dtype), angle.sin().to(DEVICE, dtype)
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Takes one of the two ways, whatever pays."""
+    monkeypatch.setattr(module, "one_launch_pays", lambda *_, **__: request.param == "one launch")
+    return str(request.param)
 
 
-@pytest.mark.parametrize("pool_kernel", [1, 5])
+def options(case: Case) -> dict[str, Any]:
+    return {"scale": case.logits["scale"], "softcap": case.softcap}
+
+
+def observers(case: Case) -> int:
+    """As many as fit the smallest block of rows there is, that of the interpreter."""
+    return min(case.queries, 32 // case.group)
+
+
+@pytest.mark.parametrize("pool_kernel", [1, 15])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int) -> None:
+def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int, way: str) -> None:
     q, k, v = case.tensors(dtype)
-    scored, rows = case.keys - case.queries // 4, min(case.queries, 12)
-    keep = scored // 2
-    cos, sin = angles(keep, case.dim, dtype)
-    chosen = {"keep": keep, "sink_tokens": 3, "recent_tokens": 4}
+    scored, rows = case.keys - case.queries // 4, observers(case)
+    sinks, recent = min(3, scored // 8), min(4, scored // 8)
+    keep = (scored + 1) // 2
+    chosen = {"keep": keep, "sink_tokens": sinks, "recent_tokens": recent}
     with poisoned_memory():
         out, new_k, new_v, indices = compress_step(
-            q, k, v, rows=rows, scored_keys=scored, pool_kernel=pool_kernel, cos=cos, sin=sin, **chosen, **case.logits
+            q, k, v, rows=rows, scored_keys=scored, pool_kernel=pool_kernel, **chosen, **options(case)
         )
     truth, _ = attention_oracle(q, k, v, **case.logits)
     assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0, softcap=case.softcap)
 
     exact = mass_of(q.double(), k.double(), rows=rows, **case.logits)[..., :scored]
     exact = reference.pool(exact, pool_kernel)
-    exact[..., :3] = exact[..., scored - 4 :] = float("inf")
+    exact[..., :sinks] = exact[..., scored - recent :] = float("inf")
     assert (indices.diff(dim=-1) > 0).all() and (indices >= 0).all() and (indices < scored).all()
     kept = torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, indices, True)
     least_kept = exact.masked_fill(~kept, float("inf")).amin(dim=-1)
@@ -65,16 +84,73 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int) -
     tied = 1e-5 if case.softcap is None else 1e-4
     assert (best_dropped <= least_kept * (1 + tied)).all()
 
-    expected_k, expected_v = reference.compact(k, v, indices, cos=cos, sin=sin)
-    torch.testing.assert_close(new_k, expected_k, rtol=0.0, atol=2e-6 if dtype == torch.float32 else 0.0)
-    assert torch.equal(new_v, expected_v)
+    expected_k, expected_v = reference.compact(k, v, indices)
+    assert torch.equal(new_k, expected_k) and torch.equal(new_v, expected_v)
 
 
-def test_keys_stay_as_they_are_without_cos_and_sin() -> None:
+@pytest.mark.parametrize("keep", [1, 77, 117])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_mass_is_that_of_the_last_rows(rows: int, keep: int, way: str) -> None:
+    """Also where nothing is dropped, and where one key is kept."""
+    case = CASES[0]
+    q, k, v = case.tensors(torch.float32)
+    with poisoned_memory() as allocated:
+        indices = compress_step(q, k, v, rows=rows, keep=keep, **options(case))[3]
+    mass = next(x for x in allocated if x.shape == (1, 2, 117) and x.dtype == torch.float32)
+    truth = mass_of(q.double(), k.double(), rows=rows, **case.logits)
+    lse = reference.chunk_attention(q, k, v, **case.logits)[1]
+    assert_near(mass, truth, masses_in_several_orders(case, q, k, lse, rows=rows), factor=4.0)
+    assert torch.equal(indices, reference.select(mass, keep))
+
+
+def test_ties_go_to_the_lowest_index(way: str) -> None:
+    case = Case(1, 2, 4, 20, 217, 64)
+    q, k, v = case.tensors(torch.float32)
+    # Queries of zeros share their attention evenly, so all keys that every observer sees have one mass, to the bit.
+    indices = compress_step(torch.zeros_like(q), k, v, rows=8, keep=150, **options(case))[3]
+    assert torch.equal(indices, torch.arange(150, device=DEVICE).expand(1, 2, -1))
+    forced = {"sink_tokens": 2, "recent_tokens": 5}
+    indices = compress_step(torch.zeros_like(q), k, v, rows=8, keep=150, **forced, **options(case))[3]
+    expected = torch.cat([torch.arange(145), torch.arange(212, 217)]).to(DEVICE)
+    assert torch.equal(indices, expected.expand(1, 2, -1))
+
+
+def test_the_cap_decides_what_is_kept(way: str) -> None:
+    """Uncapped, one key outweighs all; capped, a key that every head attends to a little weighs more."""
+    q = torch.zeros(1, 4, 4, 16, device=DEVICE)
+    k = torch.zeros(1, 1, 40, 16, device=DEVICE)
+    for head in range(4):
+        q[:, head, :, head] = 1.0
+    k[:, :, 7, 0] = 100.0
+    k[:, :, 21, :4] = 3.0
+    arguments: dict[str, Any] = {"scale": 1.0, "keep": 1, "rows": 4}
+    chosen = [compress_step(q, k, k, softcap=cap, **arguments)[3].item() for cap in (None, 1.0)]
+    masses = [mass_of(q.double(), k.double(), rows=4, scale=1.0, softcap=cap, window=None) for cap in (None, 1.0)]
+    assert chosen == [int(mass.argmax()) for mass in masses] and chosen[0] != chosen[1]
+
+
+def test_the_keys_that_are_kept_may_be_others_than_those_attended_to(way: str) -> None:
     q, k, v = CASES[0].tensors(torch.bfloat16)
-    _, new_k, new_v, indices = compress_step(q, k, v, keep=40, rows=16, **CASES[0].logits)
-    expected = reference.compact(k, v, indices)
+    canonical = inside = torch.randn_like(k)
+    _, new_k, new_v, indices = compress_step(q, k, v, keep=40, rows=8, kept_k=unaligned(inside), **options(CASES[0]))
+    expected = reference.compact(canonical, v, indices)
     assert torch.equal(new_k, expected[0]) and torch.equal(new_v, expected[1])
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64)], ids=str)
+def test_blocks_of_production_agree_with_float64(
+    blocks: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(1, 2, 4, 70, 421, 64)
+    config = Config(*blocks, num_warps=8, num_stages=1, descriptors=True)
+    monkeypatch.setattr(module, "attention_config", lambda *_: config)
+    q, k, v = case.tensors(torch.float32)
+    with poisoned_memory() as allocated:
+        out, _, _, indices = compress_step(q, k, v, rows=16, keep=200, scored_keys=405, pool_kernel=5, **options(case))
+    truth, _ = attention_oracle(q, k, v, **case.logits)
+    assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0)
+    mass = next(x for x in allocated if x.shape == (1, 2, 405) and x.dtype == torch.float32)
+    assert torch.equal(indices, reference.select(reference.pool(mass, 5), 200))
 
 
 class Recorder(TorchDispatchMode):
@@ -89,25 +165,24 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("pool_kernel", "launches"), [(1, 4), (15, 5)])
-def test_allocates_and_launches_what_it_documents(
-    monkeypatch: pytest.MonkeyPatch, pool_kernel: int, launches: int
-) -> None:
+@pytest.mark.parametrize("pool_kernel", [1, 15])
+def test_allocates_and_launches_what_it_documents(monkeypatch: pytest.MonkeyPatch, pool_kernel: int, way: str) -> None:
     q, k, v = CASES[0].tensors(torch.bfloat16)
     launched: list[str] = []
     monkeypatch.setattr(_launch.Launch, "run", lambda self, device: launched.append(self.kernel.__name__))
     with Recorder() as recorder, poisoned_memory() as allocated:
-        compress_step(q, k, v, keep=40, rows=16, scored_keys=100, pool_kernel=pool_kernel, **CASES[0].logits)
-    assert len(launched) == len(set(launched)) == launches
+        compress_step(q, k, v, keep=40, rows=8, scored_keys=100, pool_kernel=pool_kernel, **options(CASES[0]))
+    fused = way == "one launch"
+    assert len(launched) == len(set(launched)) == (1 if fused else 4 if pool_kernel == 1 else 5)
 
     # Filling is the poison's doing; anything else, such as reading a value back, would be a wait for the device.
     assert set(recorder.called) <= {"empty", "new_empty", "empty_like", "transpose", "fill_"}
     score_bytes = 2 * 100 * 4
     expected = {
         "output": q.numel() * 2,
-        "log-sum-exp": 8 * 50 * 4,
+        **({} if fused else {"log-sum-exp": 8 * 50 * 4}),
         "scores": score_bytes,
-        **({"pooled scores": score_bytes} if pool_kernel > 1 else {}),
+        **({"ranks, or pooled scores": score_bytes} if fused or pool_kernel > 1 else {}),
         "indices": 2 * 40 * 8,
         "new keys": 2 * 40 * 64 * 2,
         "new values": 2 * 40 * 64 * 2,
@@ -115,16 +190,55 @@ def test_allocates_and_launches_what_it_documents(
     assert sorted(x.numel() * x.element_size() for x in allocated) == sorted(expected.values())
 
 
+# Llama-3.1-8B on an H100: a chunk of one wave of programs would wait for the owners, one of eight waves hides them.
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "rows", "pays"),
+    [
+        ((32, 8), 4096, 8192, 16, True),
+        ((32, 8), 4096, 4096, 32, True),
+        ((32, 8), 4096, 8192, 33, False),
+        ((32, 8), 4096, 8192, 4096, False),
+        ((32, 8), 512, 4608, 16, False),
+        ((4, 1), 4096, 8192, 16, False),
+        ((64, 8), 8192, 12288, 16, True),
+        ((64, 8), 8192, 12288, 17, False),
+    ],
+)
+def test_one_launch_is_taken_where_the_owners_are_done_first(
+    heads: tuple[int, int], queries: int, keys: int, rows: int, pays: bool
+) -> None:
+    q = torch.empty(1, heads[0], queries, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, heads[1], keys, 128, dtype=torch.bfloat16, device="meta")
+    chip = target(9, 0)
+    config = attention_config(q, k, k, chip)
+    assert one_launch_pays(q, k, rows=rows, keep=4096, pool_kernel=15, config=config, target=chip) == pays
+
+
+@pytest.mark.parametrize(("dtype", "padding"), [(torch.float32, 0), (torch.bfloat16, 4)], ids=["float32", "unaligned"])
+def test_one_launch_is_not_taken_where_its_code_would_spill(dtype: torch.dtype, padding: int) -> None:
+    q = torch.empty(1, 32, 4096, 128, dtype=dtype, device="meta")
+    k = torch.empty(1, 8, 8192, 128 + padding, dtype=dtype, device="meta")[..., :128]
+    chip = target(9, 0)
+    options = {"rows": 1, "keep": 4096, "pool_kernel": 15, "config": attention_config(q, k, k, chip)}
+    assert not one_launch_pays(q, k, target=chip, **options)
+
+
 @pytest.mark.skipif(not ON_DEVICE, reason="needs a CUDA device: the interpreter has nothing to wait for")
-def test_never_waits_for_the_device() -> None:
+def test_never_waits_for_the_device(way: str) -> None:
     q, k, v = CASES[0].tensors(torch.bfloat16)
-    arguments: dict[str, Any] = {"keep": 40, "rows": 16, "pool_kernel": 5, **CASES[0].logits}
+    arguments: dict[str, Any] = {"keep": 40, "rows": 8, "pool_kernel": 5, **options(CASES[0])}
     compress_step(q, k, v, **arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
         compress_step(q, k, v, **arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_runs_give_the_same_bits(way: str) -> None:
+    q, k, v = CASES[0].tensors(torch.bfloat16)
+    first, second = (compress_step(q, k, v, keep=40, rows=8, **options(CASES[0])) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +251,9 @@ def test_never_waits_for_the_device() -> None:
         ({"pool_kernel": 2}, r"pool_kernel = 2: must be odd"),
         ({"scored_keys": 118}, r"scored_keys = 118"),
         ({"k": torch.zeros(3, 3)}, r"k\.shape = \[3, 3\]"),
-        ({"cos": torch.zeros(40, 64)}, r"sin = None"),
+        ({"v": torch.zeros(1, 2, 9, 64)}, r"v\.shape = \[1, 2, 9, 64\]"),
+        ({"kept_k": torch.zeros(1, 2, 9, 64)}, r"kept_k\.shape = \[1, 2, 9, 64\]"),
+        ({"softcap": 0.0}, r"softcap = 0\.0"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
@@ -146,6 +262,6 @@ def test_bad_arguments_are_named_before_anything_runs(
 ) -> None:
     q, k, v = CASES[0].tensors(torch.float32)
     monkeypatch.setattr(_launch.Launch, "run", lambda self, device: pytest.fail("a kernel was launched"))
-    arguments = {"q": q, "k": k, "v": v, "keep": 40, "rows": 16, **CASES[0].logits} | changes
+    arguments = {"q": q, "k": k, "v": v, "keep": 40, "rows": 8, **options(CASES[0])} | changes
     with pytest.raises(ValueError, match=message):
         compress_step(**arguments)

@@ -13,9 +13,10 @@ from kernel_cases import DEVICE
 
 pytest.importorskip("triton")
 
-from imdc.kernels._launch import Config, aligned, first_that_fits, require_apart, require_tensor, target
-from imdc.kernels.chunk_attention import plan_chunk_attention
+from imdc.kernels._launch import Config, aligned, first_that_fits, require_tensor, target
+from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
 from imdc.kernels.compact import plan_compact
+from imdc.kernels.fused_step import plan_fused_step
 from imdc.kernels.key_mass import plan_key_mass
 from imdc.kernels.pool import plan_pool
 from imdc.kernels.rotate import plan_rotate
@@ -92,13 +93,20 @@ def test_programs_are_counted_where_the_grid_has_room() -> None:
     wide = torch.empty(70_000, 1, 64, 16, device="meta")
     indices = torch.empty(70_000, 1, 40, dtype=torch.int64, device="meta")
     cos, lse = torch.empty(64, 16, device="meta"), torch.empty(70_000, 1, 64, device="meta")
-    logits = {"scale": 1.0, "softcap": None, "window": None, "target": target(9, 0)}
+    ranks, kept = torch.empty(70_000, 1, 64, dtype=torch.int32, device="meta"), wide[:, :, :40]
+    chip, logits = target(9, 0), {"scale": 1.0, "softcap": None}
     for launch in (
-        plan_chunk_attention(wide, wide, wide, wide, lse, **logits),
-        plan_key_mass(wide, wide, lse, lse, rows=1, **logits),
+        plan_chunk_attention(wide, wide, wide, wide, lse, window=None, target=chip, **logits),
+        plan_key_mass(wide, wide, lse, lse, rows=1, target=chip, **logits),
+        plan_fused_step(
+            *(wide, wide, wide, wide, wide, lse, ranks, indices, kept, kept),
+            **{"rows": 1, "pool_kernel": 1, "sink_tokens": 0, "recent_tokens": 0},
+            config=attention_config(wide, wide, wide, chip),
+            **logits,
+        ),
         plan_pool(lse, lse, pool_kernel=3),
         plan_select(lse, indices, sink_tokens=0, recent_tokens=0),
-        plan_compact(wide, wide, indices, None, None, wide[:, :, :40], wide[:, :, :40]),
+        plan_compact(wide, wide, indices, kept, kept),
         plan_rotate(wide, cos, cos, wide),
     ):
         assert launch.grid[0] >= 70_000 and all(size == 1 for size in launch.grid[1:]), launch.kernel
@@ -117,14 +125,6 @@ def test_alignment_is_seen() -> None:
     assert (
         not aligned(x[..., 1:]) and not aligned(x[..., :40].contiguous()) and not aligned(x[:, :1].expand(2, 3, 32, 64))
     )
-
-
-def test_overlap_is_judged_by_bytes() -> None:
-    x = torch.zeros(1, 1, 10, 4, device=DEVICE)
-    require_apart("a", x[:, :, :5], "b", x[:, :, 5:])
-    require_apart("a", x[:, :, :0], "b", x)
-    with pytest.raises(ValueError, match=r"b = bytes \d+\.\.\d+: must not overlap a"):
-        require_apart("a", x[:, :, :6], "b", x[:, :, 5:])
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="here the device is the right one")

@@ -80,6 +80,9 @@ def test_every_finite_float_has_its_rank() -> None:
     row = torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 4, 1.0, -1.0, large, -large, 1.0000001, 0.9999999])
     for keep in range(1, len(row) + 1, 2):
         check(row.view(1, 1, -1), keep)
+    # The two zeros are one score, so the first is kept, in both orders: a rank of its own for -0.0 would show.
+    for zeros in ([0.0, -0.0], [-0.0, 0.0]):
+        check(torch.tensor([-1.0, *zeros, 1.0]).view(1, 1, -1), 2)
     check(row.view(1, 1, -1), 2, sink_tokens=1, recent_tokens=1)
 
 

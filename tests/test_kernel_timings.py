@@ -105,6 +105,8 @@ def test_a_whole_run_writes_what_it_measured(
     timed = {row["name"]: row for row in record["rows"] if "unavailable" not in row}
     assert {
         "step: triton",
+        "step: triton, one launch",
+        "step: triton, several launches",
         "step: sdpa",
         "step: reference",
         "attention: sdpa flash",
@@ -143,7 +145,7 @@ def test_every_kernel_and_rival_is_timed(timings: ModuleType) -> None:
     names = {row["name"].split(":")[0] for row in measured.rows}
     assert names == {"attention", "scoring", "pooling over 15", "selection", "compaction", "step"}
     ours = [row for row in measured.rows if "triton" in row["name"]]
-    assert len(ours) == 8 and all("milliseconds" in row for row in ours)
+    assert len(ours) == 12 and all("milliseconds" in row for row in ours)
 
 
 def test_flops_count_what_the_mask_leaves(timings: ModuleType) -> None:
@@ -181,3 +183,20 @@ def test_the_script_for_a_gpu_session_is_sound() -> None:
     for name in named:
         path, _, test = name.partition("::")
         assert f"def {test}" in (SCRIPT.parents[1] / path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "shown"),
+    [
+        ((0, 0), 0, "verified:\n  a0\n  a1\nNOT verified:\n  nothing\n"),
+        ((0, 124), 1, "verified:\n  a0\nNOT verified:\n  a1: ran out of time\n"),
+        ((1, 124), 1, "verified:\n  nothing\nNOT verified:\n  a0: exit status 1\n  a1: ran out of time\n"),
+    ],
+)
+def test_a_gpu_session_that_ran_out_of_time_is_red(statuses: tuple[int, ...], code: int, shown: str) -> None:
+    script = SCRIPT.with_name("on_gpu.sh").read_text()
+    functions = script[script.index("judge() {") : script.index("if command -v compute-sanitizer")]
+    calls = "\n".join(f"judge a{i} {status}" for i, status in enumerate(statuses))
+    lines = f"set -uo pipefail\nverified=()\nunverified=()\n{functions}\n{calls}\nreport"
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, shown, "")

@@ -6,38 +6,67 @@ project's kernels, `flash` flash-attn with these kernels around it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Set
+from contextlib import suppress
 from dataclasses import dataclass
 
 from imdc.errors import ConfigError
+from imdc.kernels.limits import MAX_HEAD_SIZE, head_size_supported
 
 # flash-attn's generations 4, 3 and 2, newest first: (module, generation). Generation 4 is a part of the package of 2.
 FLASH_HOMES = (("flash_attn.cute", 4), ("flash_attn_interface", 3), ("flash_attn", 2))
 ALL_PACKAGES = frozenset({"triton", "flash-attn"})
-# What `imdc.kernels` accepts; it cannot be asked without importing Triton.
-MAX_HEAD_SIZE = 256
 
 _NAMES = ("triton", "flash", "sdpa", "reference")
 
 
+# The first chips with bfloat16 and asynchronous copies, and the first Triton whose descriptors the kernels are
+# launched with.
+LEAST_CAPABILITY, LEAST_TRITON = (8, 0), (3, 4)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionTraits:
-    """What a backend must be able to do for a model; `dtype` is a name, `softcap`: some layers cap their logits."""
+    """What a backend must be able to do for a model, and on what.
+
+    Attributes:
+        device_type: "cuda" (also what ROCm calls itself), "cpu", "mps", "xpu".
+        dtype: its name.
+        head_dim: head size.
+        softcap: some layers cap their logits.
+        capability: compute capability of a CUDA device; None where it is not known.
+        rocm: this PyTorch is built for AMD's devices.
+    """
 
     device_type: str
     dtype: str
     head_dim: int
     softcap: bool
+    capability: tuple[int, int] | None = None
+    rocm: bool = False
 
 
 def installed_packages() -> frozenset[str]:
-    """Those of `ALL_PACKAGES` that this Python can import."""
-    found = {"triton"} if importlib.util.find_spec("triton") is not None else set()
+    """Those of `ALL_PACKAGES` that this Python can import; of Triton in a release that the kernels work with."""
+    found = {"triton"} if _has_triton() else set()
     if find_flash() is not None:
         found.add("flash-attn")
     return frozenset(found)
+
+
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    for package in ("triton", "pytorch-triton", "triton-windows"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found = re.findall(r"\d+", importlib.metadata.version(package))
+            return tuple(map(int, found[:2])) >= LEAST_TRITON
+    # Under a name that is not known; its kernels will say themselves if it is too old.
+    return True
 
 
 def find_flash() -> tuple[str, int] | None:
@@ -89,11 +118,16 @@ def _unmet(name: str, traits: AttentionTraits, packages: Set[str]) -> str | None
             return f"PyTorch's operators that return the log-sum-exp are for cpu and cuda, not {traits.device_type}"
         return "it cannot cap logits (softcap)" if traits.softcap else None
     if "triton" not in packages:
-        return "the package triton is not installed (pip install triton)"
+        least = ".".join(map(str, LEAST_TRITON))
+        return f"the package triton is not installed, or older than {least} (pip install 'triton>={least}')"
     # TRITON_INTERPRET=1 runs the kernels on the CPU: slow, for tests.
     if traits.device_type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"its kernels need a CUDA device, the model is on {traits.device_type}"
-    if traits.head_dim > MAX_HEAD_SIZE:
+    if traits.rocm:
+        return "its kernels are NVIDIA's, this PyTorch is built for ROCm"
+    if traits.capability is not None and traits.capability < LEAST_CAPABILITY:
+        return "its kernels need compute capability 8.0 or newer, the device has {}.{}".format(*traits.capability)
+    if not head_size_supported(traits.head_dim):
         return f"head size {traits.head_dim} is larger than {MAX_HEAD_SIZE}"
     if name == "flash":
         if "flash-attn" not in packages:

@@ -151,10 +151,13 @@ def choose(name: str, traits: AttentionTraits) -> tuple[Backend, str]:
 
 
 def traits_of(device: torch.device, dtype: torch.dtype, config: Any, head_dim: int) -> AttentionTraits:
-    """The traits that a transformers config asks of a backend."""
+    """The traits that a transformers config asks of a backend, and those of the device."""
+    rocm = torch.version.hip is not None
     return AttentionTraits(
         device_type=device.type,
         dtype=str(dtype).removeprefix("torch."),
         head_dim=head_dim,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" and not rocm else None,
+        rocm=rocm,
     )
