@@ -65,7 +65,7 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
     annotation = str(field.type)
     if field.name == "memory_limit":
         return _guarded(_bytes_or_share)
-    if annotation == "str":
+    if field.name in CHOICES:
         return str
     if "float" in annotation:
         return _guarded(_share_or_tokens)

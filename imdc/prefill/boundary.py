@@ -130,8 +130,8 @@ class Boundary:
             return
         negative = request.arguments.get("negative_prompt_ids")
         tokens = (1 if negative is None else int(negative.shape[-1])) + request.new_tokens
-        limit = self._engine.most_attended(tokens)
-        if tokens > limit:
+        limit = self._engine.exceeded(tokens)
+        if limit is not None:
             raise UnsupportedCallError(
                 f"guidance_scale={scale} reads negative_prompt_ids without imdc: {tokens} tokens with the answer, but "
                 f"memory and chunk hold {limit}; shorten it, or leave guidance_scale out"
@@ -141,7 +141,7 @@ class Boundary:
         assistant = request.assistant
         if assistant is None or self._is_patched(assistant):
             return
-        if request.columns > self._engine.most_attended(request.columns):
+        if self._engine.exceeded(request.columns) is not None:
             warnings.warn(
                 f"imdc: assistant_model ({type(assistant).__name__}) is not patched and reads the whole prompt of "
                 f"{request.columns} tokens at once; call imdc.patch(assistant_model) too",
@@ -216,8 +216,8 @@ class Boundary:
         for name in hf.CACHE_NAMES:
             if named.get(name) is not None:
                 tokens += int(named[name].get_seq_length())
-        limit = self._engine.most_attended(max(1, tokens))
-        if tokens > limit:
+        limit = self._engine.exceeded(tokens)
+        if limit is not None:
             raise UnsupportedCallError(
                 f"forward() would attend to {tokens} tokens without imdc, whose memory and chunk hold {limit}; pass "
                 f"{self._cache_name}=handle.new_cache(), or call remove() of the handle to use the model as it was"
@@ -262,8 +262,8 @@ class Boundary:
 
     def _decode(self, cache: ImdcCache, named: dict[str, Any]) -> Any:
         count = named["input_ids"].shape[1]
-        limit = self._engine.most_attended(count)
-        if count > limit:
+        limit = self._engine.exceeded(count)
+        if limit is not None:
             raise UnsupportedCallError(
                 f"{count} candidates in one call are more than memory and chunk hold ({limit}); lower "
                 f"num_assistant_tokens or prompt_lookup_num_tokens"

@@ -19,7 +19,7 @@ from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
-from imdc.planner.fit import fit_chunk, least_chunk, limit_bytes, smaller_chunk
+from imdc.planner.fit import LEAST_CHUNK, fit_chunk, least_chunk, limit_bytes, smaller_chunk
 from imdc.prefill.backends import Backend, choose, traits_of
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
@@ -121,12 +121,14 @@ class Engine:
         )
         return output, report
 
-    def most_attended(self, tokens: int) -> int:
-        """KV pairs that a step attends to at most, memory and chunk, in a prompt of so many tokens."""
-        chunk = self.config.chunk_tokens
+    def exceeded(self, tokens: int) -> int | None:
+        """What memory and chunk hold where that is less than `tokens`; None where so many may be attended to at once."""
+        memory, chunk = self.config.memory_tokens, self.config.chunk_tokens
+        if tokens <= memory:
+            return None
         if not isinstance(chunk, int):
             chunk = self._fitting_chunk(Batch(tokens), self.backend()[0], self.parts.device())
-        return self.config.memory_tokens + chunk
+        return memory + chunk if tokens > memory + chunk else None
 
     def backend(self) -> tuple[Backend, str]:
         """The backend for the model where it is now, and why."""
@@ -160,7 +162,12 @@ class Engine:
         return prompts
 
     def planner(self, chunk: int | None = None, new_tokens: int | None = None) -> TurnPlanner:
-        """Who decides how rows are read, before a turn of `new_tokens` (None: not known)."""
+        """Who decides how rows are read, before a turn of `new_tokens` (None: not known).
+
+        Where the chunk is "auto" and not chosen yet, the smallest one says whether a turn can fit the window.
+        """
+        if chunk is None and not isinstance(self.config.chunk_tokens, int):
+            chunk = LEAST_CHUNK
         return TurnPlanner(self.parts, self.config, chunk, new_tokens)
 
     def _turn(
