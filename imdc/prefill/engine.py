@@ -122,7 +122,7 @@ class Engine:
         return output, report
 
     def exceeded(self, tokens: int) -> int | None:
-        """What memory and chunk hold where that is less than `tokens`; None where so many may be attended to at once."""
+        """What memory and chunk hold, where that is less than `tokens`; None where so many may be attended to."""
         memory, chunk = self.config.memory_tokens, self.config.chunk_tokens
         if tokens <= memory:
             return None
