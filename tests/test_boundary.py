@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tiny_models import FAMILIES, build, greedy
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -232,7 +231,7 @@ def test_an_unknown_transformers_is_refused(
     model: PreTrainedModel, version: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(hf.UNTESTED, raising=False)
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(hf.transformers, "__version__", version)
     with pytest.raises(UnsupportedModelError, match=message):
         imdc.patch(model, **TIGHT)
     monkeypatch.setenv(hf.UNTESTED, "1")
