@@ -49,7 +49,7 @@ def test_commands_are_understood() -> None:
 )
 def test_tables_list_every_choice(heading: str, names: tuple[str, ...], default: str) -> None:
     table = README.partition(f"| `{heading}` |")[2].partition("\n\n")[0]
-    assert tuple(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == names
+    assert tuple(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == tuple(names)
     assert f"`{default}` (default)" in table
 
 
