@@ -13,7 +13,7 @@ from imdc.cli.answer import Reading, answer, quiet_transformers
 from imdc.cli.options import add_config_options, config_from
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
-from imdc.model.loading import SMOLLM2_HUB_ID, SMOLLM2_INSTALL, LoadError, faster_dtype, find_smollm2_gguf, load_model
+from imdc.model.loading import SMOLLM2_HUB_ID, SMOLLM2_INSTALL, LoadError, find_smollm2_gguf, load_model
 from imdc.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prompt-tokens", default=str(_PROMPT_TOKENS), metavar="N", help="default: %(default)s")
     parser.add_argument("--depth", type=float, default=0.5, help="where the fact is hidden, 0 to 1 (default: 0.5)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the fact (default: 0)")
+    parser.add_argument("--seed", type=int, default=1, help="chooses the fact (default: %(default)s)")
     parser.add_argument("--hub", action="store_true", help=f"take {SMOLLM2_HUB_ID} from the hub (about 270 MB)")
-    parser.add_argument("--dtype", help="default: bfloat16, or float32 on a processor where that is faster")
+    parser.add_argument("--dtype", default="float32", help="default: float32")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_config_options(parser, DEFAULTS)
 
@@ -96,7 +96,7 @@ def compute(args: argparse.Namespace) -> Outcome:
     if not 0.0 <= args.depth <= 1.0:
         raise ConfigError(f"--depth must be within 0 and 1, got {args.depth}")
     quiet_transformers()
-    model, tokenizer = _load(args.hub, args.dtype or faster_dtype())
+    model, tokenizer = _load(args.hub, args.dtype)
     haystack = build_haystack(
         tokenizer,
         reference_text(),

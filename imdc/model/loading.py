@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,25 +91,6 @@ def load_model(
     if device is not None:
         torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
-
-
-def faster_dtype() -> str:
-    """Return "bfloat16", or "float32" where the CPU multiplies faster in it: one without bfloat16 instructions.
-
-    Found by a trial of a few milliseconds, since torch has no public question for it that holds on every processor.
-    """
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        best = math.inf
-        for _ in range(5):
-            began = time.perf_counter()
-            left @ right
-            best = min(best, time.perf_counter() - began)
-        return best
-
-    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
