@@ -23,11 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import imdc
 from imdc.errors import UnsupportedCallError
+from imdc.model import hf
 from imdc.model.hf import CACHE_NAME
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
 LENGTH = 110
+WINDOWED = ("mistral_sliding", "gemma2", "gemma3")
 NEW = 8
 
 
@@ -169,6 +171,8 @@ MODES: dict[str, Callable[[str, PreTrainedModel], Tensor]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roomy_memory_decodes_as_the_unpatched_model(family: str, mode: str) -> None:
     model, run = model_of(family), MODES[mode]
+    if "assisted" in mode and hf.RUNNING < (5, 23) and family in WINDOWED:
+        pytest.skip("transformers' own assistant with sliding windows fails before 5.23")
     wanted = run(family, model)
     with imdc.patch(model, **ROOMY) as handle:
         got = run(family, model)

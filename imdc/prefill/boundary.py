@@ -104,6 +104,11 @@ class Boundary:
                 f"decode_tokens={self._config.decode_tokens} compresses tokens that an assistant model must be able to "
                 f"take back; patch the assistant without decode_tokens"
             )
+        if turn.assisted and self._config.decode_tokens is not None and hf.RUNNING < hf.COMPRESSES_ASSISTED:
+            raise UnsupportedCallError(
+                f"decode_tokens={self._config.decode_tokens} with assisted decoding or prompt lookup needs transformers "
+                f"5.23 or newer; upgrade, or leave one of them out"
+            )
         if not cache.is_empty and not turn.drafting:
             check_history(cache.get_seq_length(), request.columns)
             turn.columns = request.columns if turn.assisted else None
