@@ -106,8 +106,8 @@ class Boundary:
             )
         if turn.assisted and self._config.decode_tokens is not None and hf.RUNNING < hf.COMPRESSES_ASSISTED:
             raise UnsupportedCallError(
-                f"decode_tokens={self._config.decode_tokens} with assisted decoding or prompt lookup needs transformers "
-                f"5.23 or newer; upgrade, or leave one of them out"
+                f"decode_tokens={self._config.decode_tokens} with assisted decoding or prompt lookup needs "
+                f"transformers 5.23 or newer; upgrade, or leave one of them out"
             )
         if not cache.is_empty and not turn.drafting:
             check_history(cache.get_seq_length(), request.columns)
