@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -120,6 +121,7 @@ def _parameters(function: Callable[..., Any]) -> Iterable[str]:
     return inspect.signature(function).parameters.keys()
 
 
+@functools.cache
 def cache_argument(function: Callable[..., Any]) -> str:
     """The name under which `function` takes a KV cache."""
     parameters = _parameters(function)
