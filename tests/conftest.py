@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from imdc.model.loading import SMOLLM2_INSTALL, find_smollm2_gguf, load_model
+from imdc.prefill import hook
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -30,6 +32,15 @@ _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _no_patch_left() -> Iterator[None]:
+    """Every test takes its patches back, or drops the patched models: one that is left would meet the next tests."""
+    yield
+    if hook._patches:
+        gc.collect()
+    assert not hook._patches and not hook._overlays
 
 
 @pytest.fixture(scope="session")

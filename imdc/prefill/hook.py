@@ -9,6 +9,7 @@ never changed, so that a copy of it carries nothing of imdc.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -99,19 +100,23 @@ def _mask(overlaid: Callable[[], Any]) -> Callable[..., Any]:
     return imdc_mask
 
 
-_lock = threading.Lock()
+# Reentrant: the garbage collector may find a patched model, and drop its patch, while this thread holds the lock.
+_lock = threading.RLock()
 _patches = 0
 _overlays: dict[str, list[_Overlay]] = {}
 
 
-def add_patch() -> None:
-    """Count a patched model."""
+def add_patch(handle: object) -> Callable[[], Any]:
+    """Count a patched model; what is returned drops it, and is called where `handle` goes without having called it."""
     global _patches
     with _lock:
         _patches += 1
+    drop = weakref.finalize(handle, _drop_patch)
+    drop.atexit = False
+    return drop
 
 
-def drop_patch() -> None:
+def _drop_patch() -> None:
     """Count one patched model less; after the last one the registries are as they were.
 
     Not after every prefill: another thread may hold an entry that it has just looked up.

@@ -109,7 +109,7 @@ class PatchHandle:
             self._ours["prepare_inputs_for_generation"] = hf.keeping_cache(model)
         self._before = {name: model.__dict__[name] for name in self._ours if name in model.__dict__}
         model.__dict__.update({_MARK: self, **self._ours})
-        hook.add_patch()
+        self._drop = hook.add_patch(self)
         self._active = True
 
     def remove(self) -> None:
@@ -127,7 +127,7 @@ class PatchHandle:
                 del state[name]
         # Each of them holds this handle, and with it the model.
         self._ours.clear()
-        hook.drop_patch()
+        self._drop()
 
     def __enter__(self) -> PatchHandle:
         """The handle itself."""
