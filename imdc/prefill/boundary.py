@@ -234,7 +234,7 @@ class Boundary:
         return count == 1 or (cache.turn is not None and (cache.turn.assisted or cache.turn.drafting))
 
     # A compiled model compiles its decoding; the loop over chunks runs as it stands.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read(self, engine: Engine, cache: ImdcCache, named: dict[str, Any]) -> tuple[Any, PrefillReport]:
         """Prefill, then decode the tokens of which the caller wants logits too (assisted decoding's candidates)."""
         input_ids: Tensor = named.pop("input_ids")
