@@ -15,6 +15,7 @@ from imdc.planner.fit import execution, fit_chunk, foresee, limit_bytes, with_ch
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
 from imdc.positions import fitted, misfit, widest_step
+from imdc.report import OfStep
 from imdc.schedule import Step, tail_rows
 from imdc.units import format_bytes, format_tokens
 
@@ -24,36 +25,11 @@ _SHOWN_STEPS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedStep:
+class PlannedStep(OfStep):
     """One step of a plan, and the predicted footprint."""
 
     step: Step
     footprint: StepFootprint
-
-    @property
-    def index(self) -> int:
-        """Number of the step."""
-        return self.step.index
-
-    @property
-    def start(self) -> int:
-        """First prompt token read."""
-        return self.step.start
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Prompt tokens read."""
-        return self.step.chunk_tokens
-
-    @property
-    def memory_before(self) -> int:
-        """KV pairs that they are read against."""
-        return self.step.memory_before
-
-    @property
-    def memory_after(self) -> int:
-        """KV pairs kept."""
-        return self.step.memory_after
 
     @property
     def predicted_bytes(self) -> int:
