@@ -12,16 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from imdc.kernels.limits import rows_per_block
 from torch import Tensor
-
-# Float32 elements of one score block: 16 MiB. Its exponentials and its mask are temporaries of that size too.
-_BLOCK_ELEMENTS = 4 * 2**20
 
 
 def _row_blocks(first: int, last: int, elements_per_row: int) -> Iterator[tuple[int, int]]:
-    """Cut the query rows first..last into (start, count) blocks of at most `_BLOCK_ELEMENTS` scores."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, elements_per_row))
-    for start in range(first, last, step):
+    """Cut the query rows first..last into (start, count) blocks; see `imdc.kernels.limits.rows_per_block`."""
+    step = rows_per_block(last - first, elements_per_row)
+    for start in range(first, last, max(1, step)):
         yield start, min(step, last - start)
 
 

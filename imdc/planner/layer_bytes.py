@@ -24,12 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
+from imdc.kernels.limits import rows_per_block
 from imdc.model.shape import ModelShape
 from imdc.observers import find_observer
 from imdc.schedule import Step, observing_rows
-
-# Elements of one float32 score block of the reference kernels (imdc.kernels.reference).
-_SCORE_BLOCK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +212,6 @@ def _float_copy(shape: ModelShape, keys: int) -> int:
 def _score_blocks(shape: ModelShape, rows: int, keys: int) -> int:
     """Bytes of the reference kernels' score blocks: one is alive while the next is computed, under two masks."""
     group = shape.q_heads // shape.kv_heads
-    block = min(rows, max(1, _SCORE_BLOCK // (group * keys)))
+    block = rows_per_block(rows, group * keys)
     count = (1 if block == rows and shape.kv_heads == 1 else 2) + shape.softcap
     return block * keys * (4 * group * count + 2)
