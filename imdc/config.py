@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from imdc.errors import ConfigError, did_you_mean
+from imdc.kernels.limits import POOLINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
 
 SCHEDULES = ("imdc", "im", "fm", "full")
@@ -54,7 +55,8 @@ class PrefillConfig:
         observer: whose attention decides what is retained: "prompt_tail", "window", "all_queries", "sink_recent",
             "key_diff", "random", or an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
-        pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
+        pooling: "max" or "avg", how neighbouring keys share their scores.
+        pool_kernel: odd width in keys of that pooling; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
@@ -79,6 +81,7 @@ class PrefillConfig:
     memory_limit: int | float | None = None
     observer: str | Observer = "prompt_tail"
     observation_tokens: int = 16
+    pooling: str = "max"
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
     sink_tokens: int = 4
@@ -198,6 +201,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "growth": GROWTHS,
     "balance": BALANCES,
     "observer": tuple(OBSERVERS),
+    "pooling": POOLINGS,
     "positions": POSITIONS,
     "backend": BACKENDS,
 }

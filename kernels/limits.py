@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 MAX_HEAD_SIZE = 256
+# Ways to pool scores over neighbouring keys, by the names of SnapKV's code.
+POOLINGS = ("max", "avg")
 
 
 def head_size_supported(head_dim: int) -> bool:

@@ -49,6 +49,7 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"initial_memory": "half"}, r"initial_memory must be an int"),
         ({"observation_tokens": 0}, r"observation_tokens must be at least 1"),
         ({"pool_kernel": 4}, r"pool_kernel must be odd.*use 3 or 5"),
+        ({"pooling": "mean"}, r"pooling must be one of 'max', 'avg', got 'mean'"),
         ({"pool_kernel": -1}, r"pool_kernel must be at least 1"),
         ({"sink_tokens": -1}, r"sink_tokens must be at least 0"),
         ({"recent_tokens": -1}, r"recent_tokens must be at least 0"),
@@ -102,7 +103,7 @@ def test_first_memory_in_tokens(options: dict[str, Any], tokens: int) -> None:
 def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
-        "observation_tokens", "pool_kernel", "sink_tokens", "recent_tokens", "positions",
+        "observation_tokens", "pooling", "pool_kernel", "sink_tokens", "recent_tokens", "positions",
         "decode_tokens", "backend",
     )  # fmt: skip
 
