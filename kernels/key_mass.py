@@ -180,9 +180,7 @@ def plan_key_mass(
     )
 
 
-def require_scoring(
-    q: Tensor, k: Tensor, rows: int, scored_keys: int | None, pool_kernel: int, pooling: str
-) -> int:
+def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, pool_kernel: int, pooling: str) -> int:
     """Check who observes, what is scored and how it is pooled; returns the number of scored keys.
 
     Raises:

@@ -263,7 +263,7 @@ def calls(draw: st.DrawFn) -> Call:
         "positions": draw(st.sampled_from(["original", "compact", "auto"])),
         "memory_tokens": memory,
         "chunk_tokens": draw(st.integers(6, 64)),
-        "initial_memory": draw(st.one_of(st.floats(0.05, 1.0), st.integers(1, memory))),
+        "initial_memory": draw(st.one_of(st.floats(0.05, 1.0), st.integers(1, memory), st.just("per_step"))),
         "observation_tokens": draw(st.integers(1, 20)),
         "pooling": draw(st.sampled_from(["max", "avg"])),
         "pool_kernel": draw(st.sampled_from([1, 3, 15])),

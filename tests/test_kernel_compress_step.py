@@ -67,8 +67,9 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int, p
     keep = (scored + 1) // 2
     chosen = {"keep": keep, "sink_tokens": sinks, "recent_tokens": recent}
     with poisoned_memory():
+        pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
         out, new_k, new_v, indices = compress_step(
-            *(q, k, v), rows=rows, scored_keys=scored, pool_kernel=pool_kernel, pooling=pooling, **chosen, **options(case)
+            q, k, v, rows=rows, scored_keys=scored, **pooled, **chosen, **options(case)
         )
     truth, _ = attention_oracle(q, k, v, **case.logits)
     assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0, softcap=case.softcap)
