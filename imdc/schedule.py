@@ -199,7 +199,7 @@ class _Schedule:
         # A prompt that fits is not cut at all; of any other exactly this many KV pairs go, and memory ends at M.
         self.drops = max(0, stored_tokens + prompt_tokens - memory)
         least = min(memory, max(1, stored_tokens, config.sink_tokens + config.recent_tokens))
-        first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens)
+        first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens(self.count))
         self.targets = [max(least, target) for target in _targets(config.growth, first, memory, self.count)]
 
     def equal(self) -> list[int]:

@@ -95,6 +95,7 @@ def compress_step(
     sink_tokens: int = 0,
     recent_tokens: int = 0,
     pool_kernel: int = 1,
+    pooling: str = "max",
     softcap: float | None = None,
     kept_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,7 +111,8 @@ def compress_step(
         scored_keys: only keys 0..scored_keys-1 can be kept; None means all T.
         sink_tokens: keys kept at the front, whatever their score.
         recent_tokens: keys kept at the end of the scored ones, whatever their score.
-        pool_kernel: odd width of a max-pool over neighbouring scores; 1 leaves them.
+        pool_kernel: odd width of a pooling over neighbouring scores; 1 leaves them.
+        pooling: "max" or "avg".
         softcap: as in `chunk_attention`.
         kept_k: what to keep of the keys instead of `k`, same shape: their canonical form where `k` is rotated.
 
@@ -127,7 +129,7 @@ def compress_step(
         require_tensor(name, x, tuple(k.shape), (q.dtype,))
         require_same_device("q", q, name, x)
     require_logits(scale, softcap)
-    scored = require_scoring(q, k, rows, scored_keys, pool_kernel)
+    scored = require_scoring(q, k, rows, scored_keys, pool_kernel, pooling)
     require_selection(scored, keep, sink_tokens, recent_tokens)
 
     (batch, kv_heads, _, dim), device = k.shape, q.device
@@ -141,7 +143,8 @@ def compress_step(
     new_k, new_v = (torch.empty(batch, kv_heads, keep, dim, dtype=k.dtype, device=device) for _ in range(2))
     if keep > 0 and one_launch_pays(q, k, rows=rows, keep=keep, pool_kernel=pool_kernel, config=config, target=target):
         ranks = torch.empty(batch, kv_heads, scored, dtype=torch.int32, device=device)
-        options: dict[str, Any] = {"rows": rows, "pool_kernel": pool_kernel, "config": config, **forced, **logits}
+        pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
+        options: dict[str, Any] = {"rows": rows, "config": config, **pooled, **forced, **logits}
         plan_fused_step(q, k, v, source_k, out, mass, ranks, indices, new_k, new_v, **options).run(device)
         return out, new_k, new_v, indices
 
@@ -153,7 +156,7 @@ def compress_step(
     scores = mass
     if pool_kernel > 1:
         scores = torch.empty_like(mass)
-        plan_pool(mass, scores, pool_kernel=pool_kernel).run(device)
+        plan_pool(mass, scores, pool_kernel=pool_kernel, pooling=pooling).run(device)
     plan_select(scores, indices, **forced).run(device)
     plan_compact(source_k, v, indices, new_k, new_v).run(device)
     return out, new_k, new_v, indices

@@ -94,13 +94,13 @@ def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.cons
 @triton.jit
 def _compress(
     mass, ranks, indices, k, stride_kt, v, stride_vt, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """From the mass of one KV head's keys to its kept rows, all by one program."""
     tl.debug_barrier()  # the mass is written
     for start in range(0, scored, TILE):
         o_n = start + tl.arange(0, TILE)
-        b_score = pooled_scores(mass, o_n, scored, reach)
+        b_score = pooled_scores(mass, o_n, scored, reach, AVERAGE)
         b_rank = ordered(b_score, o_n, scored, sink_tokens, recent_tokens)
         tl.store(ranks + o_n, b_rank.to(tl.int32, bitcast=True), mask=o_n < scored)
     tl.debug_barrier()  # the ranks are written
@@ -141,7 +141,7 @@ def _fused_step_kernel(
     queries, keys, kv_heads, kv_rows, observers, scored, keep, reach, sink_tokens, recent_tokens, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -190,7 +190,7 @@ def _fused_step_kernel(
             source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
             source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
             new_k + kept * D, new_v + kept * D, scored, keep, reach, sink_tokens, recent_tokens,
-            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE,
+            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
         )  # fmt: skip
 
 
@@ -208,6 +208,7 @@ def plan_fused_step(
     *,
     rows: int,
     pool_kernel: int,
+    pooling: str,
     sink_tokens: int,
     recent_tokens: int,
     scale: float,
@@ -229,6 +230,7 @@ def plan_fused_step(
         new_v: as `new_k`.
         rows: number of observers; with all heads of a KV head at most `config.rows`.
         pool_kernel: as in `compress_step`.
+        pooling: as in `compress_step`.
         sink_tokens: as in `compress_step`.
         recent_tokens: as in `compress_step`.
         scale: factor on the logits.
@@ -269,6 +271,7 @@ def plan_fused_step(
             "DESCRIPTORS": config.descriptors,
             "BLOCK_T": 16 if INTERPRETED else MOVED_BYTES // (block_d * q.element_size()),
             "TILE": INTERPRETED_TILE if INTERPRETED else TILE,
+            "AVERAGE": pooling == "avg",
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -41,7 +41,7 @@ from ._launch import (
     strided,
     target_of,
 )
-from .pool import pool, require_pool_kernel
+from .pool import pool, require_pooling
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def plan_key_mass(
     )
 
 
-def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, pool_kernel: int) -> int:
+def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, pool_kernel: int, pooling: str) -> int:
     """Check who observes, what is scored and how it is pooled; returns the number of scored keys.
 
     Raises:
@@ -190,7 +190,7 @@ def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, po
     require(1 <= rows <= queries, "rows", rows, f"must be 1..{queries}, the number of queries")
     scored = keys if scored_keys is None else scored_keys
     require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
-    require_pool_kernel(pool_kernel)
+    require_pooling(pool_kernel, pooling)
     return scored
 
 
@@ -204,6 +204,7 @@ def key_mass(
     scored_keys: int | None = None,
     softcap: float | None = None,
     pool_kernel: int = 1,
+    pooling: str = "max",
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
 
@@ -218,7 +219,8 @@ def key_mass(
         rows: number of observing rows, 1..Q.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
-        pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+        pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+        pooling: "max" or "avg"; see `pool`.
 
     Returns:
         float32 [B, Hkv, scored_keys].
@@ -230,10 +232,10 @@ def key_mass(
     require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
     require_same_device("q", q, "lse", lse)
     require_logits(scale, softcap)
-    scored = require_scoring(q, k, rows, scored_keys, pool_kernel)
+    scored = require_scoring(q, k, rows, scored_keys, pool_kernel, pooling)
     mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass
     launch = plan_key_mass(q, k, lse, mass, scale=scale, rows=rows, softcap=softcap, target=target_of(q.device))
     launch.run(q.device)
-    return pool(mass, pool_kernel)
+    return pool(mass, pool_kernel, pooling)

@@ -6,6 +6,8 @@ MAX_HEAD_SIZE = 256
 # Float32 elements of one score block of the reference kernels: 16 MiB. Its exponentials and its mask are temporaries of
 # that size too.
 _BLOCK_ELEMENTS = 4 * 2**20
+# Ways to pool scores over neighbouring keys, by the names of SnapKV's code.
+POOLINGS = ("max", "avg")
 
 
 def head_size_supported(head_dim: int) -> bool:

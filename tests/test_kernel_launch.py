@@ -100,11 +100,11 @@ def test_programs_are_counted_where_the_grid_has_room() -> None:
         plan_key_mass(wide, wide, lse, lse, rows=1, target=chip, **logits),
         plan_fused_step(
             *(wide, wide, wide, wide, wide, lse, ranks, indices, kept, kept),
-            **{"rows": 1, "pool_kernel": 1, "sink_tokens": 0, "recent_tokens": 0},
+            **{"rows": 1, "pool_kernel": 1, "pooling": "max", "sink_tokens": 0, "recent_tokens": 0},
             config=attention_config(wide, wide, wide, chip),
             **logits,
         ),
-        plan_pool(lse, lse, pool_kernel=3),
+        plan_pool(lse, lse, pool_kernel=3, pooling="max"),
         plan_select(lse, indices, sink_tokens=0, recent_tokens=0),
         plan_compact(wide, wide, indices, kept, kept),
         plan_rotate(wide, cos, cos, wide),

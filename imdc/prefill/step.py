@@ -119,6 +119,7 @@ class StepRun:
                 sink_tokens=self.config.sink_tokens,
                 recent_tokens=self.config.recent_tokens,
                 pool_kernel=self.config.pool_kernel,
+                pooling=self.config.pooling,
                 softcap=softcap,
                 kept_k=keys,
             )
