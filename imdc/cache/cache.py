@@ -46,6 +46,7 @@ class ImdcCache(hf.Cache):
         rows: per-row state, None before the first prefill.
         turn: of the generate() call that is running, None outside of one.
         anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
+        is_branch: whether it belongs to a question, whose turn drops nothing; see `imdc.cache.branch`.
     """
 
     def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:
@@ -90,6 +91,7 @@ class ImdcCache(hf.Cache):
         return self._can_crop or (self.turn is not None and self.turn.assisted)
 
     width: int = 0
+    is_branch: bool = False
 
     def kv_bytes(self) -> int:
         """Bytes of the stored keys and values over all layers, spare room of the tail not counted."""

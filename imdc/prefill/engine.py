@@ -69,6 +69,9 @@ class Engine:
             UnsupportedCallError: an empty prompt, or positions beyond the model's window.
             ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
+        if cache.is_branch and not self.compresses and self.config.schedule != "full":
+            whole = replace(self, config=replace(self.config, schedule="full"))
+            return whole.prefill(cache, input_ids, attention_mask, logits_to_keep=logits_to_keep, **forward_options)
         began = time.perf_counter()
         prompts = self._prompts(cache, input_ids, attention_mask)
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
