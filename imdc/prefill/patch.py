@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ from imdc.model.parts import Parts
 from imdc.prefill import hook
 from imdc.prefill.boundary import Boundary
 from imdc.prefill.engine import Engine
-from imdc.prefill.questions import DEFAULT_ROOM, question_batch, question_request, read_document
+from imdc.prefill.questions import DEFAULT_ROOM, question_batch, question_request, read_document, with_questions
 from imdc.prefill.reader import OnStep
 from imdc.prefill.requests import refuse_continuous_batching
 from imdc.report import PrefillReport
@@ -156,11 +157,15 @@ class PatchHandle:
         """
         return self._boundary.new_cache()
 
-    def read(self, input_ids: Tensor, *, room: int = DEFAULT_ROOM) -> ImdcCache:
+    def read(
+        self, input_ids: Tensor, questions: Sequence[Tensor] | None = None, *, room: int = DEFAULT_ROOM
+    ) -> ImdcCache:
         """Read a document without generating, to `ask` it any number of questions.
 
         Args:
             input_ids: int64 [1, N], the document, with the chat template's beginning where there is one.
+            questions: int64 [1, n] each, what will be asked, or examples of it, as `ask` will be given them: they
+                decide what is retained in the place of the document's last tokens.
             room: tokens of a question and its answer; where the document and these pass the model's window, its memory
                 gets compact positions.
 
@@ -168,12 +173,14 @@ class PatchHandle:
             Its cache, for `ask` and `imdc.save_cache`. `report` says what it took.
 
         Raises:
-            UnsupportedCallError: several documents, or the patch was taken back.
+            UnsupportedCallError: several documents, questions that the observer has no use for, or the patch was taken
+                back.
         """
         self._check_active("read")
         self._boundary.check_mode()
         cache = self.new_cache()
-        self._boundary.report = read_document(self._engine, cache, input_ids, room)
+        engine = replace(self._engine, config=with_questions(self.config, questions))
+        self._boundary.report = read_document(engine, cache, input_ids, room)
         return cache
 
     def ask(

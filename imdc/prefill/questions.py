@@ -6,7 +6,9 @@ the branch goes with its answer. What the document's cache stores is shared by a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from imdc.cache.branch import branch
 from imdc.cache.cache import ImdcCache, Turn
+from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
-from imdc.prefill.engine import Engine
+from imdc.observers import PromptTail, Questions, find_observer
+from imdc.prefill.engine import Engine, free_bytes
+from imdc.prefill.recall import host_store
 from imdc.prefill.requests import GenerateRequest, check_ids
 from imdc.report import PrefillReport
 
@@ -39,10 +44,42 @@ def read_document(engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int
         )
     if isinstance(room, bool) or not isinstance(room, int) or room < 1:
         raise UnsupportedCallError(f"room={room!r} must be an int of at least 1: tokens of a question and its answer")
+    available = free_bytes(torch.device("cpu"))
+    cache.store = host_store(engine.parts, engine.config, input_ids.shape[1], available)
     with cache.during(Turn(new_tokens=room)):
         _, report = engine.prefill(cache, input_ids, None)
     cache.phase = "decode"
     return report
+
+
+def with_questions(config: PrefillConfig, questions: Sequence[Tensor] | None) -> PrefillConfig:
+    """The options with `questions`, token ids [1, n] or [n] each, in place of the prompt's last tokens.
+
+    Raises:
+        UnsupportedCallError: the observer asks for questions and there are none, or has no use for them.
+    """
+    observer = find_observer(config.observer)
+    if questions is None:
+        if isinstance(observer, Questions) and not observer.questions:
+            raise UnsupportedCallError(
+                "observer='questions' needs questions: read(input_ids, questions=[...]) with the token ids of each; "
+                "where they are not known, general ones such as 'What is the code or the number?' help"
+            )
+        return config
+    if not observer.rides_along:
+        raise UnsupportedCallError(
+            f"questions have no effect with observer={str(observer)!r}; leave them out, or patch with "
+            f"observer='questions'"
+        )
+    ids, mask = question_batch(list(questions), None)
+    rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
+    if type(observer) in (PromptTail, Questions):
+        observer = Questions(rows)
+    else:
+        observer = copy.copy(observer)
+        observer.questions = tuple(map(tuple, rows))
+    longest = max(map(len, rows))
+    return replace(config, observer=observer, observation_tokens=max(config.observation_tokens, longest))
 
 
 def question_batch(input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,6 +130,11 @@ def question_request(
     if cache.rows is None or cache.rows.tokens.numel() != 1:
         held = 0 if cache.rows is None else cache.rows.tokens.numel()
         raise UnsupportedCallError(f"the cache holds {held} documents; ask one that read() or load_cache() returned")
+    if cache.store is not None and cache.tail:
+        raise UnsupportedCallError(
+            f"{cache.tail} tokens were decoded after the document, which its store in host memory does not have; ask "
+            f"the cache as read() or load_cache() returned it"
+        )
     request = GenerateRequest.of(engine.parts.model, (ids,), {**options, "attention_mask": mask})
     _check_window(engine, cache, ids.shape[1], request.new_tokens)
     copies = max(int(request.asked(name) or 1) for name in ("num_beams", "num_return_sequences"))
