@@ -22,6 +22,7 @@ BALANCES = ("tokens", "bytes")
 POSITIONS = ("auto", "original", "compact")
 # initial_memory in the words of the IMDC paper: as much as every step adds.
 PER_STEP = "per_step"
+RECALLS = ("none", "host")
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
@@ -71,8 +72,8 @@ class PrefillConfig:
         chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
             out, less where compact positions would not fit the model's window.
         memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
-        observer: whose attention decides what is retained: "prompt_tail", "window", "all_queries", "sink_recent",
-            "key_diff", "random", or an object of a subclass of `imdc.Observer`.
+        observer: whose attention decides what is retained: "prompt_tail", "questions", "window", "all_queries",
+            "sink_recent", "key_diff", "random", or an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
         pooling: "max" or "avg", how neighbouring keys share their scores.
         pool_kernel: odd width in keys of that pooling; 1 switches it off.
@@ -93,6 +94,9 @@ class PrefillConfig:
     each layer compresses right after its attention; and beyond the model's window rotary frequencies are not rescaled
     (dynamic NTK there), so that memory and chunk must fit into it. `dataclasses.replace` names every option and so
     overrides any preset: pass it to `imdc.patch(model, config, preset=...)` instead.
+        recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
+            document in host memory, from which `handle.ask()` takes back those that each question needs.
+        recall_limit: bytes of host memory for that at most; left out, what the system has available.
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -121,6 +125,8 @@ class PrefillConfig:
     decode_tokens: int | None = None
     backend: str = "auto"
     preset: str = "default"
+    recall: str = "none"
+    recall_limit: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
@@ -137,6 +143,13 @@ class PrefillConfig:
             )
         if self.decode_tokens is not None:
             _check_int("decode_tokens", self.decode_tokens, 1)
+        if self.recall_limit is not None:
+            _check_int("recall_limit", self.recall_limit, 1)
+            if self.recall == "none":
+                raise ConfigError(
+                    f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
+                    f"it out"
+                )
         self._check_memory()
         self._check_chunk()
 
@@ -269,6 +282,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "pooling": POOLINGS,
     "positions": POSITIONS,
     "backend": BACKENDS,
+    "recall": RECALLS,
 }
 _LEAST = {"memory_tokens": 1, "observation_tokens": 1, "pool_kernel": 1, "sink_tokens": 0, "recent_tokens": 0}
 

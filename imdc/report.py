@@ -85,6 +85,8 @@ class PrefillReport:
     `prompt_tokens` sums over the rows that were really read: identical rows (beams) are read once.
     `kv_bytes` is what the finished cache stores over all layers, `memory_tokens` the longest row's stored
     KV pairs per layer and KV head, and `restarts` how often an out-of-memory step began again with a smaller plan.
+    With recall, `host_bytes` are those of the pairs in host memory, `recalled_bytes` what questions read of them, and
+    `recall_seconds` how long that took of all `seconds`.
     """
 
     config: PrefillConfig
@@ -96,6 +98,9 @@ class PrefillReport:
     seconds: float
     steps: tuple[StepReport, ...]
     restarts: int = 0
+    host_bytes: int = 0
+    recalled_bytes: int = 0
+    recall_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

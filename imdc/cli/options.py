@@ -66,6 +66,8 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
     annotation = str(field.type)
     if field.name == "memory_limit":
         return _guarded(_bytes_or_share)
+    if field.name == "recall_limit":
+        return _guarded(parse_bytes)
     if field.name in CHOICES:
         return str
     if "float" in annotation:
