@@ -24,7 +24,7 @@ from fidelity_read import read
 from fidelity_report import draw, markdown, summarize
 from fidelity_ways import parse_methods
 from longbench_store import Store, StoreError
-from longbench_ways import Amount, Way
+from longbench_ways import FULL, Amount, Way
 from record import RESULTS, ROOT, circumstances, options, write
 
 from imdc.cli.answer import quiet_transformers
@@ -101,8 +101,9 @@ def answer_all(
     """
     done, there, total = store.samples(), 0, len(questions) * len(ways)
     for question in questions:
+        record, unpatched = question.record, None
         for way in ways:
-            key, record = f"{name} {way.key}", question.record
+            key = f"{name} {way.key}"
             before = done.get((key, record.task.name, record.id))
             if before is not None:
                 if before["prompt_sha"] != record.sha:
@@ -114,8 +115,9 @@ def answer_all(
                 print(f"--max-minutes is up for {name}; the same command goes on", file=sys.stderr)
                 return there
             else:
-                sample = {"model": name, "key": key, **read(model, tokenizer, question, way)}
+                sample = {"model": name, "key": key, **read(model, tokenizer, question, way, unpatched)}
                 store.add(sample)
+                done[key, record.task.name, record.id] = sample
                 print(
                     f"[{there + 1}/{total}] {name} {record.task.name} {record.id}, {way.name}: score "
                     f"{sample['score']:.2f}, {sample['gold_nats']:.2f} nats, {sample['prompt_tokens']:,} tokens, "
@@ -124,6 +126,8 @@ def answer_all(
                     flush=True,
                 )
             there += 1
+            if way.schedule == FULL:
+                unpatched = done[key, record.task.name, record.id]["tokens"]
     return there
 
 

@@ -14,7 +14,11 @@ from longbench_scores import DRAWS
 
 _LEVEL = 0.95
 # Columns that carry an interval: key of a sample, factor, heading, format.
-_MEASURES = (("score", 100.0, "score", "{:.1f}"), ("gold_nats", 1.0, "nats per gold token", "{:.3f}"))
+_MEASURES = (
+    ("score", 100.0, "score", "{:.1f}"),
+    ("gold_nats", 1.0, "nats, gold answer", "{:.3f}"),
+    ("own_nats", 1.0, "nats, full's answer", "{:.3f}"),
+)
 _BASE = "fm"
 
 
@@ -52,6 +56,8 @@ def summarize(samples: Sequence[Mapping[str, Any]], names: Sequence[str], seed: 
                 "seconds": sum(s["seconds"] for s in own) / len(own),
             }
             for measure, factor, _, _ in _MEASURES:
+                if any(s[measure] is None for s in own):
+                    continue
                 values = factor * np.array([s[measure] for s in own])
                 line[measure] = _interval(values, draws)
                 if base is not None and method != _BASE:
@@ -83,7 +89,7 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     ruled = (head, ["---"] * 2 + ["---:"] * 2 + ["---"] + ["---:"] * (len(head) - 5), *body)
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled) + (
         "\n\nScores are F1 (QA) or the share of needles found, times 100. Nats are the mean negative log-likelihood of "
-        "the gold answer's tokens; less is better. Brackets hold 95% intervals over questions drawn anew; differences "
+        "an answer's tokens, the right one's or the unpatched model's own; less is better. Brackets hold 95% intervals over questions drawn anew; differences "
         "are paired with FM at the same memory. Seconds are means per question.\n"
     )
 

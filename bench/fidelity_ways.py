@@ -1,4 +1,4 @@
-"""The methods that `fidelity.py` compares: names on the command line, and ways of reading with a share of the prompt."""
+"""The methods that `fidelity.py` compares: names on the command line, and ways with a share of the prompt."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def parse_methods(text: str, *, shares: Sequence[Amount], chunk: Amount, observe
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise WayError(f"--methods {text!r} has {', '.join(twice)} twice")
-    return ways
+    # The unpatched model answers first: the others are held against it.
+    return sorted(ways, key=lambda way: way.schedule != FULL)
 
 
 def method_of(name: str) -> tuple[str, str]:
