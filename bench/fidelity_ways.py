@@ -30,9 +30,12 @@ def parse_methods(text: str, *, shares: Sequence[Amount], chunk: Amount, observe
         observer: of all; "full" has none.
 
     Raises:
-        WayError: a method or an option is unknown, or two methods are the same.
+        WayError: a method or an option is unknown, two methods are the same, or a memory is no share.
         ConfigError: a value does not work.
     """
+    for share in shares:
+        if share.share is None:
+            raise WayError(f"--memory {share.text!r} is not a share of the prompt, such as 1/8")
     ways: list[Way] = []
     for word in filter(None, (word.strip() for word in text.split(","))):
         method, *given = word.split(":")
