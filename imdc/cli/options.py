@@ -68,7 +68,7 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
     if field.name in CHOICES:
         return str
     if "float" in annotation:
-        return _guarded(_share_or_tokens)
+        return _guarded(lambda text: text if text == "auto" else _share_or_tokens(text))
     if "str" in annotation:
         return _guarded(lambda text: text if text == "auto" else parse_tokens(text))
     if field.name.endswith("_tokens"):
