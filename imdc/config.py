@@ -179,7 +179,8 @@ class PrefillConfig:
             return
         if isinstance(start, str):
             raise ConfigError(
-                f"initial_memory must be {' or '.join(map(repr, STARTS))}, an int (tokens) or a float (a share), got {start!r}"
+                f"initial_memory must be {' or '.join(map(repr, STARTS))}, an int (tokens) or a float (a share), "
+                f"got {start!r}"
             )
         _check_int("initial_memory", start, 1)
         if start > self.memory_tokens:

@@ -48,7 +48,7 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"initial_memory": 5000}, r"initial_memory=5000 is larger than memory_tokens=4096"),
         (
             {"initial_memory": "half"},
-            r"initial_memory must be 'auto' or 'per_step', an int .* or a float .*, got 'half'",
+            r"initial_memory must be 'auto' or 'per_step', an int .*, got 'half'",
         ),
         ({"initial_memory": None}, r"initial_memory must be an int"),
         ({"observation_tokens": 0}, r"observation_tokens must be at least 1"),
