@@ -32,7 +32,7 @@ from imdc.errors import CacheMismatchError, UnsupportedCallError
 from imdc.model.parts import Parts
 
 # Raise it when a file written by one version cannot be read by the other.
-_FORMAT = 2
+_FORMAT = 3
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
 # What torch.compile and FSDP put into the names of what they wrap.

@@ -18,7 +18,7 @@ from imdc.prefill import hook
 from imdc.prefill.boundary import Boundary
 from imdc.prefill.engine import Engine
 from imdc.prefill.reader import OnStep
-from imdc.prefill.requests import refuse_continuous_batching
+from imdc.prefill.requests import check_masks, refuse_continuous_batching
 from imdc.report import PrefillReport
 
 _MARK = "_imdc_handle"
@@ -78,6 +78,8 @@ class PatchHandle:
         self._engine = Engine(parts, config, model.forward, on_step)
         # A backend that cannot serve the model is refused now rather than at the first prompt.
         self._engine.backend()
+        if config.layer_budget != "uniform":
+            check_masks(parts)
         self._boundary = Boundary(self._engine, model.generate, is_patched)
         self._ours: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
 from imdc.kernels.reference import rotate
+from imdc.layer_budgets import share_out
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.observers import find_observer
@@ -35,6 +36,26 @@ class _PassingCache(hf.Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
+
+
+class Retention:
+    """The retention ratios of a row's compressed layers so far, averaged over its steps."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        """Of these layers."""
+        self._layers = layers
+        self._sums, self._count = [0.0] * len(layers), 0
+
+    def add(self, retention: Sequence[float | None]) -> None:
+        """Count a step, by all layers; one that had no memory before does not count."""
+        ratios = [retention[layer] for layer in self._layers]
+        if ratios and None not in ratios:
+            self._sums = [total + (ratio or 0.0) for total, ratio in zip(self._sums, ratios, strict=True)]
+            self._count += 1
+
+    def means(self) -> list[float] | None:
+        """The mean of every layer; None before the first step that counts."""
+        return [total / self._count for total in self._sums] if self._count else None
 
 
 class Reader:
@@ -65,9 +86,10 @@ class Reader:
             self._turn(row, row.position, back=True)
         output: Any = None
         logits: list[Tensor] = []
+        kept = Retention(self.parts.full_layers)
         for step, tail in zip(steps, turn.tails, strict=True):
             began = time.perf_counter()
-            run = self._run(turn, step, tokens, tail, in_place)
+            run = self._run(turn, step, tokens, tail, in_place, kept)
             chunk = ids[step.start : step.start + step.chunk_tokens]
             if tail:
                 chunk = torch.cat((chunk, turn.tail_ids[-tail:].to(chunk.device)))
@@ -76,8 +98,9 @@ class Reader:
             if output is not None:
                 logits.append(output.logits)
             retention = run.retention()
+            kept.add(retention)
             row.tokens += step.chunk_tokens
-            row.position = step.memory_after if row.compact else row.position + step.chunk_tokens
+            row.position = run.fullest_after if row.compact else row.position + step.chunk_tokens
             self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
         if row.compact and not in_place:
             self._turn(row, row.position)
@@ -85,12 +108,16 @@ class Reader:
         output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output
 
-    def _run(self, turn: RowTurn, step: Step, prompt_tokens: int, tail: int, in_place: bool) -> StepRun:
-        row = turn.row
+    def _run(
+        self, turn: RowTurn, step: Step, prompt_tokens: int, tail: int, in_place: bool, kept: Retention
+    ) -> StepRun:
+        row, full = turn.row, self.parts.full_layers
+        after = share_out(turn.config, step, [row.stored(layer) for layer in full], kept.means())
         return StepRun(
             self.parts,
             row,
             step,
+            after=dict(zip(full, after, strict=True)),
             tail_rows=tail,
             tail_gap=self._tail_gap(row, step, prompt_tokens, tail),
             config=turn.config,
@@ -139,7 +166,8 @@ class Reader:
         unread = max(0, prompt_tokens - tail - step.start - step.chunk_tokens)
         if not row.compact:
             return unread
-        return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - tail)
+        fullest = max(row.stored(layer) for layer in self.parts.full_layers)
+        return min(unread, self.parts.trained_window - fullest - step.chunk_tokens - tail)
 
     def _turn(self, row: Row, end: int, *, back: bool = False) -> None:
         """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""
