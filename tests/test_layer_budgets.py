@@ -234,3 +234,14 @@ def test_other_attention_is_refused_when_the_model_is_patched() -> None:
     model = model_of(attn_implementation="flex_attention")
     with pytest.raises(UnsupportedCallError, match=r"attn_implementation 'sdpa' or 'eager'.*layer_budget='uniform'"):
         imdc.patch(model, layer_budget="pyramid", **TIGHT)
+
+
+def test_a_cache_goes_on_under_another_budget() -> None:
+    model, text = model_of(), prompt(500)
+    cache = None
+    for end, budget in ((300, "pyramid"), (400, "uniform"), (500, "pyramid")):
+        with imdc.patch(model, layer_budget=budget, **TIGHT) as handle:
+            cache = cache or handle.new_cache()
+            model(text[:, cache.get_seq_length() : end], **{hf.CACHE_NAME: cache})
+        assert sum(lengths(cache)) == 4 * 64
+        assert (len(set(lengths(cache))) == 1) is (budget == "uniform")
