@@ -19,6 +19,7 @@ SCHEDULES = ("imdc", "im", "fm", "full")
 UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
+LAYER_BUDGETS = ("uniform", "pyramid", "adaptive")
 POSITIONS = ("auto", "original", "compact")
 # initial_memory in the words of the IMDC paper: as much as every step adds.
 PER_STEP = "per_step"
@@ -45,6 +46,7 @@ _PAPER: dict[str, Any] = {
     "pool_kernel": 5,
     "sink_tokens": 4,
     "recent_tokens": 0,
+    "layer_budget": "uniform",
     "positions": "compact",
 }
 
@@ -73,8 +75,8 @@ class PrefillConfig:
         initial_memory: KV pairs kept after the first chunk: an int is a number of tokens, a float a share of
             `memory_tokens` in (0, 1]; "auto" is a quarter of it, but at least 192 besides sinks and recent tokens, as
             far as memory and chunk go; "per_step" is `memory_tokens` / steps, as in the paper.
-        memory_tokens: KV pairs kept per layer and KV head after the prefill, sinks and recent tokens included; left
-            out, less where compact positions would not fit the model's window.
+        memory_tokens: KV pairs kept per layer (on average) and KV head after the prefill, sinks and recent tokens
+            included; left out, less where compact positions would not fit the model's window.
         chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
             out, less where compact positions would not fit the model's window.
         memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
@@ -85,6 +87,8 @@ class PrefillConfig:
         pool_kernel: odd width in keys of that pooling; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
+        layer_budget: how the layers share that memory, at the same total: "uniform", "pyramid" (less with depth, as in
+            PyramidKV) or "adaptive" ("im" and "imdc": more for layers that retain more while the prompt is read).
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
@@ -127,6 +131,7 @@ class PrefillConfig:
     # About one sentence. The newest tokens are retained whatever their score: no later query has had a chance to attend
     # to them.
     recent_tokens: int = 32
+    layer_budget: str = "uniform"
     positions: str = "auto"
     decode_tokens: int | None = None
     backend: str = "auto"
@@ -156,6 +161,11 @@ class PrefillConfig:
                     f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
                     f"it out"
                 )
+        if self.layer_budget == "adaptive" and self.schedule in ("fm", "full"):
+            raise ConfigError(
+                f"layer_budget='adaptive' shares out what the memory grows by, and schedule={self.schedule!r} has none "
+                f"of that; take schedule='imdc' or 'im', or layer_budget='pyramid'"
+            )
         self._check_memory()
         self._check_chunk()
 
@@ -299,6 +309,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "balance": BALANCES,
     "observer": tuple(OBSERVERS),
     "pooling": POOLINGS,
+    "layer_budget": LAYER_BUDGETS,
     "positions": POSITIONS,
     "backend": BACKENDS,
     "recall": RECALLS,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from imdc.config import DefaultSize, PrefillConfig
+from imdc.layer_budgets import fullest_share
 from imdc.schedule import Step, least_first_chunk
 
 # An answer is compressed after so many tokens at the earliest: more often, it would hardly get on. It is also more
@@ -55,9 +56,12 @@ def compact_positions(
     return window is not None and last_position(start, prompt_tokens, new_tokens) > window
 
 
-def widest_step(steps: Sequence[Step], tails: Sequence[int]) -> int:
-    """Positions that the widest step takes with compact positions: memory, chunk and tail rows."""
-    return max(step.attended_tokens + tail for step, tail in zip(steps, tails, strict=True))
+def widest_step(steps: Sequence[Step], tails: Sequence[int], layers: Sequence[Sequence[int]]) -> int:
+    """Positions that the widest step takes with compact positions: memory of the fullest layer, chunk and tail rows.
+
+    `layers` are those of `imdc.layer_budgets.planned_layers`.
+    """
+    return max(max(held) + step.chunk_tokens + tail for step, tail, held in zip(steps, tails, layers, strict=False))
 
 
 def fitted(config: PrefillConfig, window: int | None) -> PrefillConfig:
@@ -70,13 +74,14 @@ def fitted(config: PrefillConfig, window: int | None) -> PrefillConfig:
     if window is None or config.schedule == "full":
         return config
     room = window - config.observation_tokens
+    share = fullest_share(config)
     free_memory, free_chunk = isinstance(memory, DefaultSize), isinstance(chunk, DefaultSize)
     if free_chunk and isinstance(chunk, int):
         # The defaults have a memory of two chunks.
-        chunk = min(chunk, room // 3 if free_memory else room - memory)
+        chunk = min(chunk, room // (1 + 2 * share) if free_memory else room - share * memory)
     if free_memory:
-        beside = max(chunk if isinstance(chunk, int) else room // 3, room // 4)
-        memory = max(min(memory, room - beside), config.sink_tokens + config.recent_tokens, 1)
+        beside = max(chunk if isinstance(chunk, int) else room // (1 + 2 * share), room // 4)
+        memory = max(min(memory, (room - beside) // share), config.sink_tokens + config.recent_tokens, 1)
     if (memory, chunk) == (config.memory_tokens, config.chunk_tokens) or (isinstance(chunk, int) and chunk < 1):
         return config
     start = config.initial_memory
@@ -88,7 +93,7 @@ def largest_chunk(config: PrefillConfig, window: int | None) -> int | None:
     """The largest mean chunk beside the memory of a `fitted` config in compact positions; None without a limit."""
     if window is None or config.schedule == "full":
         return None
-    return max(1, window - config.observation_tokens - config.memory_tokens)
+    return max(1, window - config.observation_tokens - fullest_share(config) * config.memory_tokens)
 
 
 def answer_room(config: PrefillConfig, window: int) -> int | None:
@@ -103,7 +108,7 @@ def answer_room(config: PrefillConfig, window: int) -> int | None:
     """
     if config.schedule == "full":
         return None
-    spare = window - config.memory_tokens - config.observation_tokens
+    spare = window - fullest_share(config) * config.memory_tokens - config.observation_tokens
     chunk = config.chunk_tokens if isinstance(config.chunk_tokens, int) else max(0, spare)
     before_a_turn = spare - least_first_chunk(chunk)
     if before_a_turn >= LEAST_ANSWER:
@@ -119,7 +124,7 @@ def misfit(config: PrefillConfig, window: int, *, widest: int, left: int, new_to
         config: a `fitted` one.
         window: positions that the model was trained for.
         widest: positions of its widest step: memory, chunk and tail rows.
-        left: KV pairs in memory when all is read.
+        left: KV pairs in the fullest layer's memory when all is read.
         new_tokens: tokens that will be generated at most; None where that is not known.
     """
     if widest > window:

@@ -72,6 +72,28 @@ def test_prediction_knows_backend_and_schedule(options: dict[str, Any]) -> None:
     assert measured.error == pytest.approx(0.0, abs=0.03)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"schedule": "fm", "memory_tokens": 100}, {"positions": "compact"}, {"backend": "reference"}],
+    ids=["imdc", "fm", "compact", "reference"],
+)
+def test_prediction_knows_a_pyramid_of_layers(family: str, options: dict[str, Any]) -> None:
+    types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    model = FAMILIES[family](num_hidden_layers=4, **({"layer_types": types} if family == "gemma3" else {}))
+    config = PrefillConfig(**{"memory_tokens": 200, "chunk_tokens": 120, "layer_budget": "pyramid", **options})
+    measured = measure(model, prompt(1200), config)
+    assert measured.error == pytest.approx(0.0, abs=0.03)
+    assert measured.error != measure(model, prompt(1200), replace(config, layer_budget="uniform")).error
+
+
+def test_prediction_bounds_adaptive_layers() -> None:
+    """Which layer becomes the fullest is measured, so the plan takes one that holds as much as any may."""
+    config = PrefillConfig(memory_tokens=200, chunk_tokens=120, layer_budget="adaptive")
+    measured = measure(FAMILIES["llama"](num_hidden_layers=4), prompt(1200), config)
+    assert all(step.error >= -0.01 for step in measured.steps) and measured.error < 0.35
+
+
 @pytest.mark.parametrize("family", NAMED)
 def test_unpatched_prediction_is_the_measured_peak(family: str) -> None:
     measured = measure_unpatched(FAMILIES[family](), prompt(1000))

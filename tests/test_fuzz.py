@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 import imdc
 from imdc.cache.layers import MemoryLayer
-from imdc.config import BALANCES, GROWTHS, SCHEDULES
+from imdc.config import BALANCES, GROWTHS, LAYER_BUDGETS, SCHEDULES
 from imdc.errors import UnsupportedCallError
+from imdc.layer_budgets import fullest_share
 from imdc.observers import OBSERVERS
 from imdc.prefill.step import StepRun
 
@@ -157,11 +158,15 @@ def watched(model: PreTrainedModel, config: imdc.PrefillConfig) -> Iterator[None
         if window is not None:
             assert after <= window - 1
         else:
-            assert (before, after) == (step.memory_before, step.memory_after)
+            full = run.parts.full_layers
+            if layer == full[-1]:
+                assert sum(run.row.stored(one) for one in full) == len(full) * step.memory_after
+            if config.layer_budget == "uniform":
+                assert (before, after) == (step.memory_before, step.memory_after)
             keys, values = run.row.keys[layer], run.row.values[layer]
             assert keys is not None and values is not None and keys.shape == values.shape
             if config.schedule != "full":
-                assert after <= max(config.memory_tokens, before)
+                assert after <= max(fullest_share(config) * config.memory_tokens, before)
         return out
 
     StepRun.attend = checked  # type: ignore[method-assign]
@@ -227,7 +232,8 @@ def bounded_after(call: Call) -> None:
     assert cache.get_seq_length() == output.sequences.shape[1] - 1
     for layer in cache.layers:
         if isinstance(layer, MemoryLayer) and config.schedule != "full":
-            assert layer.keys is not None and layer.keys.shape[2] <= config.memory_tokens + grown
+            most = fullest_share(config) * config.memory_tokens
+            assert layer.keys is not None and layer.keys.shape[2] <= most + grown
 
 
 @st.composite
@@ -243,8 +249,9 @@ def calls(draw: st.DrawFn) -> Call:
         turns = [(turn[0], turn[0], *turn[2:]) for turn in turns]
     sinks, recent = draw(st.integers(0, 4)), draw(st.integers(0, 12))
     memory = draw(st.one_of(st.integers(max(1, sinks + recent), 100), st.just(400)))
+    schedule = draw(st.sampled_from(SCHEDULES))
     options = {
-        "schedule": draw(st.sampled_from(SCHEDULES)),
+        "schedule": schedule,
         "growth": draw(st.sampled_from(GROWTHS)),
         "balance": draw(st.sampled_from(BALANCES)),
         "observer": draw(st.sampled_from(list(OBSERVERS))),
@@ -259,6 +266,7 @@ def calls(draw: st.DrawFn) -> Call:
         "pool_kernel": draw(st.sampled_from([1, 3, 15])),
         "sink_tokens": sinks,
         "recent_tokens": recent,
+        "layer_budget": draw(st.sampled_from([*LAYER_BUDGETS][: 3 if schedule in ("imdc", "im") else 2])),
         "decode_tokens": draw(st.one_of(st.none(), st.integers(1, 12))),
         "backend": draw(st.sampled_from(["auto", "reference"])),
     }

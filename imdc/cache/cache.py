@@ -63,7 +63,7 @@ class ImdcCache(hf.Cache):
         self.layers: list[Any]
         self.owner = owner
         self._can_crop = can_crop
-        self.phase = "prefill"
+        self.phase, self.width = "prefill", 0
         self.rows: RowState | None = None
         self.turn: Turn | None = None
         self.anew: dict[int, Tensor] = {}
@@ -92,28 +92,36 @@ class ImdcCache(hf.Cache):
         """
         return self._can_crop or (self.turn is not None and self.turn.assisted)
 
-    width: int = 0
     is_branch: bool = False
     store: HostStore | None = None
 
     def kv_bytes(self) -> int:
         """Bytes of the stored keys and values over all layers, spare room of the tail not counted."""
-        stored = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
-        return sum(x.nbytes for x in stored)
+        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
 
     def held_bytes(self) -> int:
         """Bytes of the tensors behind the stored keys and values, spare room included."""
-        stored = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
-        return sum(x.untyped_storage().nbytes() for x in stored)
+        tensors = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(x.untyped_storage().nbytes() for x in tensors)
 
     def stored_tokens(self) -> int:
-        """KV pairs stored per KV head in the fullest compressed layer."""
-        return max((layer.stored for layer in self.layers if isinstance(layer, MemoryLayer)), default=0)
+        """KV pairs stored per KV head and compressed layer, on average and rounded up."""
+        stored = [layer.stored for layer in self.layers if isinstance(layer, MemoryLayer)] or [0]
+        return -(-sum(stored) // len(stored))
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the compressed layers differ in what they store or in their padding: each has its own mask."""
+        full = [i for i, layer in enumerate(self.layers) if isinstance(layer, MemoryLayer)]
+        if self.rows is None:
+            return False
+        padding = self.rows.padding[:, full]
+        return len({self.layers[i].stored for i in full}) > 1 or bool((padding != padding[:, :1]).any())
 
     def take_row(self, index: int) -> Row:
         """Row `index` as views without padding, its tail included; the cache stays as it is."""
         assert self.rows is not None
-        padding, tail = int(self.rows.padding[index]), self.tail
+        padding, tail = self.rows.padding[index].tolist(), self.tail
         tokens = int(self.rows.tokens[index]) + tail
         row = Row.empty(len(self.layers))
         row.tokens, row.position = tokens, int(self.rows.position[index]) + tail
@@ -123,7 +131,7 @@ class ImdcCache(hf.Cache):
             keys, values = layer.keys, layer.values
             if keys is None or values is None:
                 continue
-            skipped = padding if isinstance(layer, MemoryLayer) else max(0, keys.shape[2] - tokens)
+            skipped = padding[number] if isinstance(layer, MemoryLayer) else max(0, keys.shape[2] - tokens)
             row.keys[number] = keys[index : index + 1, :, skipped:]
             row.values[number] = values[index : index + 1, :, skipped:]
         return row
@@ -141,23 +149,24 @@ class ImdcCache(hf.Cache):
             raise
 
     def _load_rows(self, rows: list[Row], order: Tensor, width: int) -> None:
-        longest = 0
+        paddings: list[list[int]] = []
         for number, layer in enumerate(self.layers):
             lengths = [row.stored(number) for row in rows]
             # transformers sizes the masks of a sliding layer by the columns seen, which may all be padding.
             least = 0 if isinstance(layer, MemoryLayer) else min(width, layer.sliding_window - 1)
-            keys, values = (self._stack([side[number] for side in sides], order, least) for sides in _sides(rows))
+            sides = [row.keys[number] for row in rows], [row.values[number] for row in rows]
+            keys, values = (self._stack(side, order, least) for side in sides)
             for row in rows:
                 row.keys[number] = row.values[number] = None
             if isinstance(layer, MemoryLayer):
-                longest = max(lengths)
-                paddings = [longest - length for length in lengths]
+                paddings.append([max(lengths) - length for length in lengths])
                 layer.load(keys, values, width)
             else:
+                paddings.append([0] * len(rows))
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
                 layer.cumulative_length = width
-        state = RowState.of(rows, paddings if longest else [0] * len(rows))
+        state = RowState.of(rows, paddings)
         self.rows, self.width = state.select(order), width
 
     @staticmethod
@@ -177,7 +186,7 @@ class ImdcCache(hf.Cache):
 
     @property
     def drafting(self) -> bool:
-        """Whether an assistant model is drafting from this cache now."""
+        """Whether an assistant model drafts from this cache."""
         return self.turn is not None and self.turn.drafting
 
     @property
@@ -294,7 +303,3 @@ class ImdcCache(hf.Cache):
     def _select_rows(self, index: Tensor) -> None:
         if self.rows is not None:
             self.rows = self.rows.select(index)
-
-
-def _sides(rows: list[Row]) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
-    return [row.keys for row in rows], [row.values for row in rows]

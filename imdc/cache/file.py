@@ -33,9 +33,9 @@ from imdc.errors import CacheMismatchError, UnsupportedCallError
 from imdc.model.parts import Parts
 
 # Raise it when a file written by one version cannot be read by the other.
-_FORMAT = 2
+_FORMAT = 3
 # That of files which also hold a document's store: earlier versions would not see it.
-_FORMAT_WITH_STORE = 3
+_FORMAT_WITH_STORE = 4
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
 # What torch.compile and FSDP put into the names of what they wrap.

@@ -53,7 +53,7 @@ class RowState:
     Attributes:
         tokens: tokens seen by the prefill, padding not counted.
         position: rotary position that follows the prefill.
-        padding: unused slots at the front of the full-attention layers of shorter rows.
+        padding: int64 [B, layers], unused slots at the front of the full-attention layers of shorter rows.
         compact: whether the row's memory is numbered 0..m-1.
         question: the last token ids of the turn's prompt, int64 [B, n], shorter ones preceded by -1.
     """
@@ -65,13 +65,13 @@ class RowState:
     question: Tensor
 
     @classmethod
-    def of(cls, rows: list[Row], padding: list[int]) -> RowState:
-        """The state of finished rows."""
+    def of(cls, rows: list[Row], padding: list[list[int]]) -> RowState:
+        """The state of finished rows; `padding` per layer and row."""
         questions = [row.question if row.question is not None else torch.empty(0, dtype=torch.long) for row in rows]
         return cls(
             tokens=torch.tensor([row.tokens for row in rows]),
             position=torch.tensor([row.position for row in rows]),
-            padding=torch.tensor(padding),
+            padding=torch.tensor(padding).T.contiguous(),
             compact=torch.tensor([row.compact for row in rows]),
             question=pad_sequence(questions, batch_first=True, padding_value=-1, padding_side="left"),
         )

@@ -196,9 +196,11 @@ def _solve(
 def _others(plan: Plan, device: str) -> dict[str, int]:
     """Peaks of the other schedules with the same memory and chunk, and of the unpatched model."""
     peaks = {}
+    # Only what grows can be shared out adaptively.
+    others = "uniform" if plan.config.layer_budget == "adaptive" else plan.config.layer_budget
     for schedule in ("imdc", "im", "fm", "full"):
         if schedule != plan.config.schedule:
-            config = replace(plan.config, schedule=schedule)
+            config = replace(plan.config, schedule=schedule, layer_budget=others)
             peaks[schedule] = peak_bytes(plan.shape, plan.batch, config, device)
     return {**peaks, "unpatched": plan.unpatched.total_bytes}
 

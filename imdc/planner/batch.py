@@ -62,17 +62,21 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """KV pairs per row that a finished prefill stores in a layer of either kind, and their bytes."""
+    """KV pairs per row that a finished prefill stores in a layer of either kind, and their bytes.
+
+    `full` is the mean of the full-attention layers, `fullest` the one that stores most.
+    """
 
     shape: ModelShape
     full: int
     sliding: int
+    fullest: int
 
     @classmethod
-    def after(cls, shape: ModelShape, batch: Batch, memory_tokens: int) -> Kept:
-        """What is stored once `memory_tokens` are left in the full-attention layers."""
+    def after(cls, shape: ModelShape, batch: Batch, memory_tokens: int, fullest: int = 0) -> Kept:
+        """What is stored once `memory_tokens` are left in the full-attention layers on average, `fullest` at most."""
         seen = batch.seen_tokens + batch.prompt_tokens
-        return cls(shape, memory_tokens, min(seen, (shape.window or 1) - 1))
+        return cls(shape, memory_tokens, min(seen, (shape.window or 1) - 1), max(memory_tokens, fullest))
 
     @property
     def row_bytes(self) -> int:
@@ -84,7 +88,7 @@ class Kept:
     def layer_bytes(self) -> int:
         """Bytes of one row in the layer that stores most."""
         shape = self.shape
-        most = max(self.full if shape.full_layers else 0, self.sliding if shape.sliding_layers else 0)
+        most = max(self.fullest if shape.full_layers else 0, self.sliding if shape.sliding_layers else 0)
         return shape.kv_bytes_per_token * most
 
 
@@ -138,7 +142,7 @@ def decoding_bytes(shape: ModelShape, batch: Batch, kept: Kept, config: PrefillC
     if compresses:
         copied = max(copied, batch.copies * (kept.row_bytes + kept.layer_bytes))
     widths = 4 * shape.hidden + 3 * shape.intermediate * shape.experts_per_token
-    scores = (4 + shape.dtype_bytes) * shape.q_heads * (max(kept.full, kept.sliding) + room)
+    scores = (4 + shape.dtype_bytes) * shape.q_heads * (max(kept.fullest, kept.sliding) + room)
     activations = batch.copies * (shape.dtype_bytes * widths + scores)
     # The model's logits, and in float32 their copy, log-softmax, sums along beams and candidates.
     logits = batch.copies * shape.vocab * (shape.dtype_bytes + 4 * 4)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
+from imdc.layer_budgets import planned_layers
 from imdc.model.backend_rule import ALL_PACKAGES, AttentionTraits, choose_backend
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_after
-from imdc.positions import compact_positions, fitted, largest_chunk
-from imdc.schedule import Step
+from imdc.positions import compact_positions, fitted, largest_chunk, misfit, widest_step
+from imdc.schedule import Step, tail_rows
 from imdc.units import format_bytes
 
 # Smaller chunks save no memory: weights and KV cache dominate.
@@ -144,7 +145,17 @@ def foresee(
     config = fitted(config, shape.max_positions) if compact else config
     steps = balanced_steps(shape, batch.prompt_tokens, config, stored_tokens=batch.stored_tokens)
     footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch)
-    return steps, footprints, predict_after(shape, config, batch, steps[-1].memory_after)
+    fullest = max(planned_layers(config, shape.full_layers, steps)[-1], default=0)
+    return steps, footprints, predict_after(shape, config, batch, steps[-1].memory_after, fullest)
+
+
+def compact_misfit(shape: ModelShape, config: PrefillConfig, steps: Sequence[Step], new_tokens: int) -> str | None:
+    """Why these steps with compact positions, and an answer of `new_tokens` (0: not known), are refused; None: not."""
+    if shape.max_positions is None:
+        return None
+    held = planned_layers(config, shape.full_layers, steps)
+    widest = widest_step(steps, tail_rows(steps, config, full_layers=shape.full_layers), held)
+    return misfit(config, shape.max_positions, widest=widest, left=max(held[-1]), new_tokens=new_tokens or None)
 
 
 def largest_within(

@@ -12,10 +12,11 @@ the layers' weights once per step, the memory read and written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from imdc.config import PrefillConfig
+from imdc.layer_budgets import planned_layers
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept, decoding_bytes, stacking_bytes, waiting_bytes
 from imdc.planner.layer_bytes import Layers, Phase, Work, phases
@@ -75,17 +76,19 @@ def predict(
     """
     footprints, workspace_keys = [], 0
     batch = batch or Batch(sum(step.chunk_tokens for step in steps))
-    waiting = waiting_bytes(shape, batch, Kept.after(shape, batch, steps[-1].memory_after))
+    held = planned_layers(config, shape.full_layers, steps)
+    waiting = waiting_bytes(shape, batch, Kept.after(shape, batch, steps[-1].memory_after, max(held[-1], default=0)))
     tails = tail_rows(steps, config, full_layers=shape.full_layers)
-    for step, tail in zip(steps, tails, strict=True):
-        work = Work(shape, config, step, tail, step is steps[-1], backend, compact, batch.seen_tokens)
+    for step, tail, before, after in zip(steps, tails, held, held[1:], strict=False):
+        layers = tuple(zip(before, after, strict=True)) if len({*before}) > 1 or len({*after}) > 1 else ()
+        work = Work(shape, config, step, tail, step is steps[-1], backend, compact, batch.seen_tokens, layers)
         workspace_keys = max(workspace_keys, work.keys)
         footprints.append(replace(_peak(work, workspace_keys), others=waiting))
     return tuple(footprints)
 
 
 def predict_after(
-    shape: ModelShape, config: PrefillConfig, batch: Batch, memory_tokens: int
+    shape: ModelShape, config: PrefillConfig, batch: Batch, memory_tokens: int, fullest: int
 ) -> tuple[StepFootprint, ...]:
     """The footprints of what follows the steps: the rows become one cache, then the answer is written.
 
@@ -93,9 +96,10 @@ def predict_after(
         shape: the model.
         config: the options.
         batch: what was read.
-        memory_tokens: KV pairs that the last step leaves in each full-attention layer.
+        memory_tokens: KV pairs that the last step leaves in each full-attention layer, on average.
+        fullest: those in the fullest of them.
     """
-    kept = Kept.after(shape, batch, memory_tokens)
+    kept = Kept.after(shape, batch, memory_tokens, fullest)
     memory, logits = stacking_bytes(shape, batch, kept)
     found = [StepFootprint("stacking", shape.weights, memory, logits=logits)]
     if batch.decoded_tokens:
@@ -114,10 +118,13 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     if work.config.recall != "none" and work.backend in ("triton", "flash"):
         # A chunk's pairs are alive until they are copied to the host, while the next layer begins.
         tables += work.step.chunk_tokens * shape.kv_bytes_per_token
-    stored = sum(layers.count * max(layers.before, layers.after) for layers in kinds)
     pair = shape.kv_bytes_per_token
     memory, phase = max(
-        ((pair * (stored + _own(layers, phase)), phase) for layers in kinds for phase in phases(work, layers)),
+        (
+            (pair * (others + _own(layers, phase)), phase)
+            for layers, others in _running(kinds)
+            for phase in phases(work, layers)
+        ),
         key=lambda found: found[0] + found[1].total_bytes,
     )
     return StepFootprint(
@@ -134,13 +141,27 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     )
 
 
-def _own(running: Layers, phase: Phase) -> int:
-    """KV pairs that the running layer holds, minus what the sum over layers already counts for it.
+def _running(kinds: Sequence[Layers]) -> Iterator[tuple[Layers, int]]:
+    """Each layer that may run, and the KV pairs that all others hold meanwhile.
 
-    It counts the larger of before and after: the peak lies in the first layer or in the last.
+    Layers before it hold what they keep, those after it what they had. Where layers are alike, or where they lie among
+    the others is not known (sliding windows), the larger of both is counted: the peak lies in the first or the last.
     """
-    own = {"before": running.before, "none": 0, "after": running.after}
-    return own[phase.layer_memory] - max(running.before, running.after)
+    alike = [layers for layers in kinds if layers.count > 1 or layers.window is not None]
+    single = [layers for layers in kinds if layers.count == 1 and layers.window is None]
+    most = sum(layers.count * max(layers.before, layers.after) for layers in alike)
+    later, done = sum(layers.before for layers in single), 0
+    for layers in alike:
+        yield layers, most - max(layers.before, layers.after) + max(later, sum(one.after for one in single))
+    for layers in single:
+        later -= layers.before
+        yield layers, most + done + later
+        done += layers.after
+
+
+def _own(running: Layers, phase: Phase) -> int:
+    """KV pairs that the running layer itself holds."""
+    return {"before": running.before, "none": 0, "after": running.after}[phase.layer_memory]
 
 
 def _flops(work: Work) -> int:

@@ -65,7 +65,8 @@ class Layers:
 class Work:
     """What one step of a plan asks of a model; r, T and the rest as in the module's text.
 
-    `seen_tokens` were read by earlier turns.
+    `seen_tokens` were read by earlier turns. `layers` are the KV pairs of each full-attention layer before and after,
+    where these differ.
     """
 
     shape: ModelShape
@@ -76,6 +77,7 @@ class Work:
     backend: str
     compact: bool
     seen_tokens: int = 0
+    layers: tuple[tuple[int, int], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -86,12 +88,14 @@ class Work:
     def kinds(self) -> list[Layers]:
         """Full-attention layers, which follow the plan, and sliding-window layers, which keep window - 1 pairs."""
         shape, step = self.shape, self.step
-        full = Layers(shape.full_layers, step.memory_before, step.memory_after, None)
+        full = [Layers(shape.full_layers, step.memory_before, step.memory_after, None)]
+        if self.layers:
+            full = [Layers(1, before, after, None) for before, after in self.layers]
         limit = (shape.window or 1) - 1
         begin = self.seen_tokens + step.start
         end = begin + step.chunk_tokens
         sliding = Layers(shape.sliding_layers, min(begin, limit), min(end, limit), shape.window)
-        return [layers for layers in (sliding, full) if layers.count]
+        return [layers for layers in (sliding, *full) if layers.count]
 
     @property
     def keys(self) -> int:
@@ -130,14 +134,15 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     output = unit * queries
     scored = turned + output + 4 * rows * shape.q_heads
     chosen = 0
-    if work.drops and layers.window is None:
-        yield Phase("scoring", states, scored, _scoring(work), layer_memory="none")
+    candidates = layers.before + work.step.chunk_tokens
+    if layers.after < candidates and layers.window is None:
+        yield Phase("scoring", states, scored, _scoring(work, candidates), layer_memory="none")
         if work.backend == "triton" and work.observing_rows:
             output = scored
-        yield Phase("selection", states, output, _selection(work), layer_memory="none")
+        yield Phase("selection", states, output, _selection(work, candidates, layers.after), layer_memory="none")
         # Scores, and the kept indices: the reference's are a column of three.
         index = 8 if work.backend in ("triton", "flash") else 24
-        chosen = shape.kv_heads * (4 * work.step.attended_tokens + index * layers.after)
+        chosen = shape.kv_heads * (4 * candidates + index * layers.after)
     yield Phase("compaction", states, output, chosen, layer_memory="after")
     yield Phase("output", states + unit * (hidden + queries), unit * queries, layer_memory="after")
     yield Phase("mlp", unit * (inputs + hidden + _mlp_widths(shape)), layer_memory="after")
@@ -186,9 +191,9 @@ def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
     return turned, turning, most
 
 
-def _scoring(work: Work) -> int:
+def _scoring(work: Work, candidates: int) -> int:
     """Bytes of the observer's temporaries, scores included."""
-    shape, candidates = work.shape, work.step.attended_tokens
+    shape = work.shape
     total = candidates + work.tail
     observer = find_observer(work.config.observer)
     scratch = observer.scratch_bytes(candidates, shape.kv_heads, shape.head_dim)
@@ -198,10 +203,9 @@ def _scoring(work: Work) -> int:
     return scratch + mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total)
 
 
-def _selection(work: Work) -> int:
+def _selection(work: Work, candidates: int, kept: int) -> int:
     """Bytes of scores, their copy, masks, and either running counts of ties or the indices found."""
-    candidates = work.step.attended_tokens
-    return work.shape.kv_heads * (11 * candidates + max(9 * candidates, 24 * work.step.memory_after))
+    return work.shape.kv_heads * (11 * candidates + max(9 * candidates, 24 * kept))
 
 
 def _float_copy(shape: ModelShape, keys: int) -> int:

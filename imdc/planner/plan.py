@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
+from imdc.layer_budgets import shares_in_words
 from imdc.model.backend_rule import ALL_PACKAGES, installed_packages
 from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept, host_bytes, host_notes
-from imdc.planner.fit import execution, fit_chunk, foresee, limit_bytes, with_chunk
+from imdc.planner.fit import compact_misfit, execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
-from imdc.positions import fitted, misfit, widest_step
+from imdc.positions import fitted
 from imdc.report import OfStep
-from imdc.schedule import Step, tail_rows
+from imdc.schedule import Step
 from imdc.units import format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
@@ -158,12 +159,10 @@ class Plan:
         if shape.family not in FAMILIES:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
-        if self.compact and shape.max_positions:
-            widest = widest_step(steps, tail_rows(steps, self.config, full_layers=shape.full_layers))
-            left, new = steps[-1].memory_after, self.batch.new_tokens or None
-            problem = misfit(self.config, shape.max_positions, widest=widest, left=left, new_tokens=new)
-            if problem is not None:
-                notes.append(f"note: imdc.patch will refuse this: {problem}")
+        problem = compact_misfit(shape, self.config, steps, self.batch.new_tokens) if self.compact else None
+        if problem is not None:
+            notes.append(f"note: imdc.patch will refuse this: {problem}")
+        notes += [f"note: {shared}" for shared in shares_in_words(self.config, shape.full_layers, steps)]
         if shape.sliding_layers:
             rest = shape.full_layers
             others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"

@@ -23,6 +23,7 @@ from imdc.model import hf
 from imdc.prefill.decode import decode_inputs
 from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
+from imdc.prefill.hook import decode_masks, masking
 from imdc.prefill.requests import (
     GenerateRequest,
     bind,
@@ -280,7 +281,8 @@ class Boundary:
         check_decoding(self._parts, cache, count)
         with cache.appending():
             inputs = decode_inputs(self._parts, cache, named)
-            return self._own_forward(**inputs, **{self._cache_name: cache})
+            with masking(decode_masks(self._parts, cache)):
+                return self._own_forward(**inputs, **{self._cache_name: cache})
 
 
 @contextmanager

@@ -17,11 +17,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from imdc.cache.cache import ImdcCache
 from imdc.errors import ImdcError
 from imdc.model import hf
+from imdc.model.parts import Parts
+from imdc.prefill.decode import DecodeMasks
+from imdc.prefill.requests import check_masks
 from imdc.prefill.step import StepRun
 
 _RUNNING: ContextVar[StepRun | None] = ContextVar("imdc_running_step", default=None)
+_DECODING: ContextVar[DecodeMasks | None] = ContextVar("imdc_decode_masks", default=None)
 
 
 @contextmanager
@@ -42,6 +47,28 @@ def running(step: StepRun) -> Iterator[None]:
             f"layers {missing} of {type(step.parts.model).__name__} never reached imdc: they do not look up their "
             f"attention in transformers' registry; load the model without a replacement of its attention modules"
         )
+
+
+def decode_masks(parts: Parts, cache: ImdcCache) -> DecodeMasks | None:
+    """The masks of a forward call that appends to `cache`, where its layers need different ones.
+
+    Raises:
+        UnsupportedCallError: the model's attention takes masks of a form that is not known here.
+    """
+    if not cache.ragged:
+        return None
+    overlay(check_masks(parts))
+    return DecodeMasks(parts, cache)
+
+
+@contextmanager
+def masking(masks: DecodeMasks | None) -> Iterator[None]:
+    """Give attention calls of this thread that belong to the masks' model the mask of their layer."""
+    token = _DECODING.set(masks)
+    try:
+        yield
+    finally:
+        _DECODING.reset(token)
 
 
 class _Overlay:
@@ -77,7 +104,11 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
     ) -> tuple[Tensor, Any]:
         step = _RUNNING.get()
         if step is None or not step.serves(module):
-            function = overlaid() or hf.eager_attention(module)
+            found = overlaid()
+            function, masks = found or hf.eager_attention(module), _DECODING.get()
+            if masks is not None and masks.serves(module):
+                number: Any = module.layer_idx
+                attention_mask = masks.of(int(number), query, key, eager=found is None)
             result: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             return result
         layer: Any = module.layer_idx

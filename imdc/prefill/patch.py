@@ -21,7 +21,7 @@ from imdc.prefill.boundary import Boundary
 from imdc.prefill.engine import Engine
 from imdc.prefill.questions import DEFAULT_ROOM, question_batch, question_request, read_document, with_questions
 from imdc.prefill.reader import OnStep
-from imdc.prefill.requests import refuse_continuous_batching
+from imdc.prefill.requests import check_masks, refuse_continuous_batching
 from imdc.report import PrefillReport
 
 _MARK = "_imdc_handle"
@@ -81,6 +81,8 @@ class PatchHandle:
         self._engine = Engine(parts, config, model.forward, on_step)
         # A backend that cannot serve the model is refused now rather than at the first prompt.
         self._engine.backend()
+        if config.layer_budget != "uniform":
+            check_masks(parts)
         self._boundary = Boundary(self._engine, model.generate, is_patched)
         self._ours: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from imdc.cache.rows import Row
 from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.kernels.reference import rotate
+from imdc.layer_budgets import share_out
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.observers import find_observer
@@ -37,6 +38,26 @@ class _PassingCache(hf.Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
+
+
+class Retention:
+    """The retention ratios of a row's compressed layers so far, averaged over its steps."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        """Of these layers."""
+        self._layers = layers
+        self._sums, self._count = [0.0] * len(layers), 0
+
+    def add(self, retention: Sequence[float | None]) -> None:
+        """Count a step, by all layers; one that had no memory before does not count."""
+        ratios = [retention[layer] for layer in self._layers]
+        if ratios and None not in ratios:
+            self._sums = [total + (ratio or 0.0) for total, ratio in zip(self._sums, ratios, strict=True)]
+            self._count += 1
+
+    def means(self) -> list[float] | None:
+        """The mean of every layer; None before the first step that counts."""
+        return [total / self._count for total in self._sums] if self._count else None
 
 
 class Reader:
@@ -72,9 +93,10 @@ class Reader:
             recall = Recall(turn.store, self.parts, turn.config, self.backend, row.compact)
         output: Any = None
         logits: list[Tensor] = []
+        kept = Retention(self.parts.full_layers)
         for step, tail in zip(steps, turn.tails, strict=True):
             began = time.perf_counter()
-            run = self._run(turn, step, tokens, tail, in_place, turn.store if fresh else None, recall)
+            run = self._run(turn, step, tokens, tail, in_place, kept, turn.store if fresh else None, recall)
             chunk = ids[step.start : step.start + step.chunk_tokens]
             if tail:
                 chunk = torch.cat((chunk, turn.tail_ids[-tail:].to(chunk.device)))
@@ -83,8 +105,9 @@ class Reader:
             if output is not None:
                 logits.append(output.logits)
             retention = run.retention()
+            kept.add(retention)
             row.tokens += step.chunk_tokens
-            row.position = step.memory_after if row.compact else row.position + step.chunk_tokens
+            row.position = run.fullest_after if row.compact else row.position + step.chunk_tokens
             self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
         if row.compact and not in_place:
             self._turn(row, row.position)
@@ -104,14 +127,17 @@ class Reader:
         prompt_tokens: int,
         tail: int,
         in_place: bool,
+        kept: Retention,
         store: HostStore | None,
         recall: Recall | None,
     ) -> StepRun:
-        row = turn.row
+        row, full = turn.row, self.parts.full_layers
+        after = share_out(turn.config, step, [row.stored(layer) for layer in full], kept.means())
         return StepRun(
             self.parts,
             row,
             step,
+            after=dict(zip(full, after, strict=True)),
             tail_rows=tail,
             tail_gap=self._tail_gap(turn, step, prompt_tokens, tail),
             questions=turn.questions if tail else (),
@@ -164,8 +190,9 @@ class Reader:
         unread = max(0, prompt_tokens - (0 if turn.questions else tail) - step.start - step.chunk_tokens)
         if not turn.row.compact:
             return unread
+        fullest = max(turn.row.stored(layer) for layer in self.parts.full_layers)
         span = max(turn.questions, default=tail)
-        return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - span)
+        return min(unread, self.parts.trained_window - fullest - step.chunk_tokens - span)
 
     def _turn(self, row: Row, end: int, *, back: bool = False) -> None:
         """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
+from imdc.model.parts import Parts
 
 # transformers' own default where neither a length nor a number of new tokens is named.
 _DEFAULT_NEW_TOKENS = 20
@@ -229,3 +230,19 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
         "continuous batching (generate_batch, or cache_implementation='paged') is not supported: it brings its own "
         "paged cache; call generate() without it, or remove the patch first"
     )
+
+
+def check_masks(parts: Parts) -> set[str]:
+    """The names of a model's attention implementations, where each layer can be given a mask of its own.
+
+    Raises:
+        UnsupportedCallError: one of them takes masks of a form that is not known here.
+    """
+    names = hf.attention_implementations(layer.self_attn for layer in parts.decoder.layers)
+    unknown = sorted(names - {"eager", "sdpa"})
+    if unknown:
+        raise UnsupportedCallError(
+            f"layers that store different numbers of KV pairs decode with attn_implementation 'sdpa' or 'eager', and "
+            f"the model has {unknown[0]!r}; load it with one of those, or take layer_budget='uniform'"
+        )
+    return names

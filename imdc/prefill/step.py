@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class StepRun:
         row: Row,
         step: Step,
         *,
+        after: Mapping[int, int],
         tail_rows: int,
         tail_gap: int,
         config: PrefillConfig,
@@ -72,10 +74,18 @@ class StepRun:
     ) -> None:
         """`row` is read and replaced layer by layer; the rest stays as it is. `rotated`: its keys come and stay so.
 
+        `after` says how many KV pairs each compressed layer keeps.
         `questions` are the lengths of those that the tail rows are; empty where all of them follow the text together.
         All pairs that are read go to `store`; the row's are exchanged for those that `recall` takes back.
         """
         self.parts, self.row, self.step = parts, row, step
+        self._after = after
+        self.fullest_after = max(after.values(), default=0)
+        # Memory that the layers of a type hold at most: their keys are numbered backwards from one start.
+        self._longest: dict[str | None, int] = {}
+        for layer, kind in enumerate(parts.layer_types):
+            self._longest[kind] = max(self._longest.get(kind, 0), row.stored(layer))
+        self._first = max((row.stored(layer) for layer in after), default=0)
         self.tail_rows, self.tail_gap = tail_rows, tail_gap
         self.config, self.backend, self.observer = config, backend, observer
         self.workspace, self.compact, self.rotated = workspace, compact, rotated
@@ -123,7 +133,8 @@ class StepRun:
                 turned = self.backend.rotate(keys, cos, sin)
             q = self.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
-        drops = window is None and self.step.memory_after < candidates
+        keep = self._after.get(layer, candidates)
+        drops = keep < candidates
         fused = self.observer.is_mass and self.backend.compress_step is not None and len(self.questions) < 2
         if drops and self._votes is not None and fused:
             assert self.backend.compress_step is not None
@@ -132,7 +143,7 @@ class StepRun:
                 turned,
                 values,
                 scale=scale,
-                keep=self.step.memory_after,
+                keep=keep,
                 rows=self._votes,
                 scored_keys=candidates,
                 sink_tokens=self.config.sink_tokens,
@@ -158,7 +169,7 @@ class StepRun:
         if scores is not None:
             chosen = self.backend.select(
                 scores,
-                self.step.memory_after,
+                keep,
                 sink_tokens=self.config.sink_tokens,
                 recent_tokens=self.config.recent_tokens,
             )
@@ -176,7 +187,7 @@ class StepRun:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
         if not self.rotated or tables is None:
             return keys
-        end = self.step.memory_after
+        end = self.fullest_after
         numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
         new = self.parts.rotary(layer, numbers, tables[0].dtype)
         # Tokens seen so far tell one compression of a row from the next.
@@ -263,19 +274,20 @@ class StepRun:
         return first + self.tail_gap + torch.cat([torch.arange(length, device=device) for length in lengths])
 
     def _rotary(self, layer: int, stored: int, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Tables of all keys of the workspace: the chunk starts at the position after the full layers' memory.
+        """Tables of all keys of the workspace: the chunk starts at the position after the fullest layer's memory.
 
-        A sliding layer stores other pairs than the full ones; its keys are numbered backwards from the same start.
+        Layers that store less, and sliding ones, are numbered backwards from the same start.
         """
         parts = self.parts
         if not parts.rotary_layers[layer]:
             return None
-        name = (parts.layer_types[layer], stored, keys.device, keys.dtype)
+        longest = self._longest[parts.layer_types[layer]]
+        name = (parts.layer_types[layer], keys.device, keys.dtype)
         if name not in self._tables:
-            first = self.step.memory_before - stored
-            positions = torch.arange(first, first + keys.shape[2], device=keys.device)
+            positions = torch.arange(self._first - longest, self._first - stored + keys.shape[2], device=keys.device)
             if self.tail_rows:
-                end = first + keys.shape[2] - self.tail_rows
+                end = self._first - stored + keys.shape[2] - self.tail_rows
                 positions[-self.tail_rows :] = self.tail_positions(end, keys.device)
             self._tables[name] = parts.rotary(layer, positions, keys.dtype)
-        return self._tables[name]
+        tables = self._tables[name]
+        return None if tables is None else (tables[0][longest - stored :], tables[1][longest - stored :])

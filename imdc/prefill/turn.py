@@ -15,6 +15,7 @@ from imdc.cache.rows import Row
 from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
+from imdc.layer_budgets import planned_layers
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.observers import find_observer
@@ -38,6 +39,7 @@ class RowTurn:
         ids: int64 [n], what is read.
         tails: rows that ride along with each step.
         tail_ids: int64 [n]; the last of them are those rows.
+        layers: KV pairs of the compressed layers before the first step and after each; see `planned_layers`.
         questions: lengths of the questions that those rows are, one after another; empty for a single one.
         store: where all pairs that are read go, or from which a question takes them back.
     """
@@ -48,6 +50,7 @@ class RowTurn:
     steps: tuple[Step, ...]
     tails: list[int]
     tail_ids: Tensor
+    layers: list[tuple[int, ...]]
     questions: tuple[int, ...] = ()
     store: HostStore | None = None
 
@@ -113,7 +116,7 @@ class TurnPlanner:
         last = last_position(row.position, prompt.numel(), self.new_tokens)
         if self.config.positions != "auto" or not full or last <= window:
             return self._checked(self._planned(row, prompt))
-        if row.stored(full[0]) == row.tokens:
+        if all(row.stored(layer) == row.tokens for layer in full):
             # Nothing was dropped, so its keys are numbered 0..m-1 already.
             turn = self._planned(row, prompt, compact=True)
             if self._misfit(turn) is None:
@@ -136,7 +139,7 @@ class TurnPlanner:
         window, full, question = self.parts.trained_window, self.parts.full_layers, row.question
         if self.config.decode_tokens is None and not row.compact:
             # Another row of the batch has filled its window; this one loses nothing.
-            config = replace(self.config, schedule="full")
+            config = replace(self.config, schedule="full", layer_budget="uniform")
             turn = self._planned(row, token, config=config)
         else:
             turn = self._planned(row, token, compact=row.compact)
@@ -155,10 +158,12 @@ class TurnPlanner:
         row.compact = compact
         config = config or (fitted(self.config, self.parts.trained_window) if compact else self.config)
         full = self.parts.full_layers
-        stored = row.stored(full[0]) if full else 0
+        held = [row.stored(layer) for layer in full]
+        stored = sum(held) // len(held) if held else 0
         shape = ModelShape.from_model(self.parts.model) if config.levels_bytes else None
         steps = balanced_steps(shape, prompt.numel(), config, stored_tokens=stored, chunk_tokens=self.chunk)
-        turn = RowTurn(row, prompt, config, steps, tail_rows(steps, config, full_layers=len(full)), prompt)
+        tails = tail_rows(steps, config, full_layers=len(full))
+        turn = RowTurn(row, prompt, config, steps, tails, prompt, planned_layers(config, len(full), steps, held))
         asked = find_observer(config.observer).questions
         if asked:
             turn.tail_ids, turn.questions = (
@@ -171,8 +176,8 @@ class TurnPlanner:
         return misfit(
             turn.config,
             self.parts.trained_window,
-            widest=widest_step(turn.steps, turn.tail_spans),
-            left=turn.steps[-1].memory_after,
+            widest=widest_step(turn.steps, turn.tail_spans, turn.layers),
+            left=max(turn.layers[-1]),
             new_tokens=self.new_tokens,
         )
 
