@@ -18,7 +18,7 @@ UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
 POSITIONS = ("auto", "original", "compact")
-BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
 
@@ -54,6 +54,8 @@ class PrefillConfig:
         observer: whose attention decides what is retained: "prompt_tail", "window", "all_queries", "sink_recent",
             "key_diff", "random", or an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
+        observation_stride: every how manyth of the deciding queries votes, counted back from the last; with
+            "all_queries", 4 costs a quarter of the scoring and leaves the expected scores as they are.
         pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
@@ -61,7 +63,7 @@ class PrefillConfig:
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
             positions until the window is full.
-        backend: "auto", "triton", "flash", "sdpa" or "reference".
+        backend: "auto", "triton", "flash" (FlashAttention), "varlen" (PyTorch on cuDNN), "sdpa" or "reference".
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -79,6 +81,7 @@ class PrefillConfig:
     memory_limit: int | float | None = None
     observer: str | Observer = "prompt_tail"
     observation_tokens: int = 16
+    observation_stride: int = 1
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
     sink_tokens: int = 4
@@ -201,7 +204,14 @@ CHOICES: dict[str, Sequence[str]] = {
     "positions": POSITIONS,
     "backend": BACKENDS,
 }
-_LEAST = {"memory_tokens": 1, "observation_tokens": 1, "pool_kernel": 1, "sink_tokens": 0, "recent_tokens": 0}
+_LEAST = {
+    "memory_tokens": 1,
+    "observation_tokens": 1,
+    "observation_stride": 1,
+    "pool_kernel": 1,
+    "sink_tokens": 0,
+    "recent_tokens": 0,
+}
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

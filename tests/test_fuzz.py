@@ -265,6 +265,7 @@ def calls(draw: st.DrawFn) -> Call:
         "chunk_tokens": draw(st.integers(6, 64)),
         "initial_memory": draw(st.one_of(st.floats(0.05, 1.0), st.integers(1, memory))),
         "observation_tokens": draw(st.integers(1, 20)),
+        "observation_stride": draw(st.sampled_from([1, 1, 2, 5])),
         "pool_kernel": draw(st.sampled_from([1, 3, 15])),
         "sink_tokens": sinks,
         "recent_tokens": recent,

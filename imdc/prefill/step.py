@@ -115,6 +115,7 @@ class StepRun:
                 scale=scale,
                 keep=self.step.memory_after,
                 rows=self._votes,
+                stride=self.config.observation_stride,
                 scored_keys=candidates,
                 sink_tokens=self.config.sink_tokens,
                 recent_tokens=self.config.recent_tokens,
