@@ -46,7 +46,7 @@ setup(
         "imdc.profiler",
     ],
     package_dir={"imdc": "imdc", "imdc.kernels": "kernels"},
-    package_data={"imdc": ["py.typed"]},
+    package_data={"imdc": ["py.typed"], "imdc.cli": ["report.css", "report.html", "report.js"]},
     install_requires=[
         "einops>=0.8",
         "rich>=13.7",

@@ -101,7 +101,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     from imdc.kernels.compress import compression_config, plan_compress
     from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
-    from imdc.kernels.limits import StepSizes, fused_step_fits
+    from imdc.kernels.limits import POOLINGS, StepSizes, fused_step_fits
     from imdc.kernels.pool import plan_pool
     from imdc.kernels.rotate import plan_rotate
     from imdc.kernels.select import plan_select
@@ -123,6 +123,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             ranks, kept = _ghost(1, KV_HEADS, KEYS, dtype=torch.int32), _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
             indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
             options = {"rows": 16, "pool_kernel": 15, "sink_tokens": 4, "recent_tokens": 0, **logits}
+            options["pooling"] = "max"
             written = (mass, ranks, indices, kept, kept)
             if fused_step_fits(dim, 2, target.major):
                 blocks = attention_config(q, k, k, target)
@@ -135,7 +136,8 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)
         yield "select", f"T={keys}", plan_select(scores, indices, sink_tokens=4, recent_tokens=0)
     mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
-    yield "pool", "", plan_pool(mass, mass, pool_kernel=15)
+    for pooling in POOLINGS:
+        yield "pool", pooling, plan_pool(mass, mass, pool_kernel=15, pooling=pooling)
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
     for dtype in dtypes:
         for dim, turned in ((128, 128),) if quick else ((64, 64), (80, 32), (96, 96), (128, 128), (256, 256)):

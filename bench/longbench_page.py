@@ -9,7 +9,7 @@ from typing import Any
 from longbench_report import heading, notes, tables
 
 from imdc import __version__
-from imdc.cli.report_page import STYLE
+from imdc.cli.report_page import style
 
 # Bars, their gaps and the room for names, in the picture's own units.
 _ROW, _BAR, _NAMES, _WIDTH, _VALUES = 26, 16, 190, 760, 190
@@ -39,7 +39,7 @@ def page(results: dict[str, Any], settings: dict[str, Any], session: dict[str, A
     )
     return (
         _PAGE.replace("%TITLE%", html.escape(title))
-        .replace("%STYLE%", STYLE)
+        .replace("%STYLE%", style())
         .replace("%VERSION%", html.escape(__version__))
         .replace("%BODY%", "\n".join(parts))
     )

@@ -133,7 +133,7 @@ def as_json(row: MeasuredPrefill, rows: Sequence[MeasuredPrefill]) -> dict[str, 
         "resident_bytes": row.resident_bytes,
         "seconds": row.seconds,
         "step_peak_bytes": [step.peak_bytes for step in row.steps],
-        "chunks": [step.step.chunk_tokens for step in row.steps],
+        "chunks": [step.chunk_tokens for step in row.steps],
     }
 
 

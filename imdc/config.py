@@ -5,11 +5,13 @@ No torch here: the command line imports this for its option list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from imdc.errors import ConfigError, did_you_mean
+from imdc.kernels.limits import POOLINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
 
 SCHEDULES = ("imdc", "im", "fm", "full")
@@ -18,9 +20,19 @@ UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
 POSITIONS = ("auto", "original", "compact")
+# initial_memory in the words of the IMDC paper: as much as every step adds.
+PER_STEP = "per_step"
+RECALLS = ("none", "host")
 BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
+
+
+# What the options of a name are, where they are not given one by one. The paper's come from its authors' code
+# (ZhiYuanZeng/Collie, branch emnlp2024: MemSizeScheduler and ConvPruner, and the num_sink_tokens of its scripts).
+_PAPER: dict[str, Any] = {"schedule": "imdc", "growth": "linear", "balance": "tokens", "initial_memory": PER_STEP}
+_PAPER |= {"observer": "all_queries", "pooling": "avg", "pool_kernel": 5, "positions": "compact"}
+_PAPER |= {"sink_tokens": 4, "recent_tokens": 0}
 
 
 class DefaultSize(int):
@@ -45,18 +57,19 @@ class PrefillConfig:
         balance: what the shrinking chunks of "imdc" keep level: "tokens" of memory and chunk, as in the paper, or their
             "bytes" by the model's sizes, which lowers the peak but reads more of the prompt while memory is small.
         initial_memory: KV pairs kept after the first chunk: an int is a number of tokens, a float a share of
-            `memory_tokens` in (0, 1].
+            `memory_tokens` in (0, 1], and "per_step" is `memory_tokens` / steps, as in the paper.
         memory_tokens: KV pairs kept per layer and KV head after the prefill, sinks and recent tokens included; left
             out, less where compact positions would not fit the model's window.
         chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
             out, less where compact positions would not fit the model's window.
         memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
-        observer: whose attention decides what is retained: "prompt_tail", "window", "all_queries", "sink_recent",
-            "key_diff", "random", or an object of a subclass of `imdc.Observer`.
+        observer: whose attention decides what is retained: "prompt_tail", "questions", "window", "all_queries",
+            "sink_recent", "key_diff", "random", or an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
         observation_stride: every how manyth of the deciding queries votes, counted back from the last; with
             "all_queries", 4 costs a quarter of the scoring and leaves the expected scores as they are.
-        pool_kernel: odd width in keys of the max-pool over scores; 1 switches it off.
+        pooling: "max" or "avg", how neighbouring keys share their scores.
+        pool_kernel: odd width in keys of that pooling; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
@@ -64,6 +77,19 @@ class PrefillConfig:
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
             positions until the window is full.
         backend: "auto", "triton", "flash" (FlashAttention), "varlen" (PyTorch on cuDNN), "sdpa" or "reference".
+        preset: "default", or "paper", the setting of the IMDC paper; options given beside it take precedence.
+        recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
+            document in host memory, from which `handle.ask()` takes back those that each question needs.
+        recall_limit: bytes of host memory for that at most; left out, what the system has available.
+
+    `preset="paper"` follows the authors' code: memory grows from `memory_tokens` / steps, all queries vote, scores are
+    averaged over five neighbours, the first four tokens are retained and no latest ones, and positions are contiguous.
+    What differs from that code: sinks are part of `memory_tokens` here and come on top of it there; a key's mean over
+    the queries that see it is taken before the average over neighbours here, after it there, which only matters in the
+    last few keys; votes are pooled within a KV head's own group, there across groups; chunks never become negative;
+    each layer compresses right after its attention; and beyond the model's window rotary frequencies are not rescaled
+    (dynamic NTK there), so that memory and chunk must fit into it. `dataclasses.replace` names every option and so
+    overrides any preset: pass it to `imdc.patch(model, config, preset=...)` instead.
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -74,7 +100,7 @@ class PrefillConfig:
     # Levelled bytes save more memory but find fewer needles: 19 of 20 against 20, and the demo's answer is lost.
     balance: str = "tokens"
     # The paper starts at memory / steps. On needle questions at an eighth of memory that finds 64%, a quarter all.
-    initial_memory: int | float = 0.25
+    initial_memory: int | float | str = 0.25
     memory_tokens: int = DefaultSize(4096)
     # Large enough to keep the matrix products of a GPU busy; memory is then twice the chunk.
     chunk_tokens: int | str = DefaultSize(2048)
@@ -82,6 +108,7 @@ class PrefillConfig:
     observer: str | Observer = "prompt_tail"
     observation_tokens: int = 16
     observation_stride: int = 1
+    pooling: str = "max"
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
     sink_tokens: int = 4
@@ -91,6 +118,9 @@ class PrefillConfig:
     positions: str = "auto"
     decode_tokens: int | None = None
     backend: str = "auto"
+    preset: str = "default"
+    recall: str = "none"
+    recall_limit: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
@@ -107,6 +137,13 @@ class PrefillConfig:
             )
         if self.decode_tokens is not None:
             _check_int("decode_tokens", self.decode_tokens, 1)
+        if self.recall_limit is not None:
+            _check_int("recall_limit", self.recall_limit, 1)
+            if self.recall == "none":
+                raise ConfigError(
+                    f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
+                    f"it out"
+                )
         self._check_memory()
         self._check_chunk()
 
@@ -119,6 +156,9 @@ class PrefillConfig:
                 f"{always_kept}, or lower recent_tokens or sink_tokens"
             )
         start = self.initial_memory
+        if isinstance(start, str):
+            _check_choice("initial_memory", start, (PER_STEP,))
+            return
         if isinstance(start, float):
             if not 0.0 < start <= 1.0:
                 raise ConfigError(
@@ -165,12 +205,35 @@ class PrefillConfig:
         """Whether the chunks depend on the sizes of the model."""
         return self.schedule == "imdc" and self.balance == "bytes"
 
-    @property
-    def first_memory_tokens(self) -> int:
-        """`initial_memory` in tokens, at least the sinks and recent tokens that are always kept."""
+    def first_memory_tokens(self, steps: int) -> int:
+        """`initial_memory` in tokens for so many steps, at least the sinks and recent tokens that are always kept."""
         start = self.initial_memory
-        tokens = round(start * self.memory_tokens) if isinstance(start, float) else start
+        if isinstance(start, str):
+            tokens = self.memory_tokens // steps
+        else:
+            tokens = round(start * self.memory_tokens) if isinstance(start, float) else start
         return max(1, tokens, self.sink_tokens + self.recent_tokens)
+
+
+def _with_presets(init: Callable[..., None]) -> Callable[..., None]:
+    """`PrefillConfig.__init__` with the options of a preset in place of the defaults, where they are not given."""
+
+    @functools.wraps(init)
+    def presetting(self: PrefillConfig, *args: Any, **options: Any) -> None:
+        given = {**dict(zip(option_names(), args, strict=False)), **options}
+        filled = {name: value for name, value in preset_options(given).items() if name not in given}
+        init(self, *args, **options, **filled)
+
+    return presetting
+
+
+PrefillConfig.__init__ = _with_presets(PrefillConfig.__init__)  # type: ignore[method-assign]
+
+
+def preset_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the preset among the options `given` sets; nothing where there is none, or none of that name."""
+    preset = given.get("preset")
+    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}
 
 
 def resolve_config(config: PrefillConfig | None = None, **options: Any) -> PrefillConfig:
@@ -178,6 +241,8 @@ def resolve_config(config: PrefillConfig | None = None, **options: Any) -> Prefi
 
     Raises:
         ConfigError: `config` is not a PrefillConfig, or an option is unknown or its value does not work.
+
+    A `preset` among the options sets what it is about on top of `config`, and the other options go on top of that.
     """
     if config is not None and not isinstance(config, PrefillConfig):
         raise ConfigError(
@@ -188,7 +253,9 @@ def resolve_config(config: PrefillConfig | None = None, **options: Any) -> Prefi
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}.{did_you_mean(name, known)} Options are: {', '.join(known)}")
-    return replace(config, **options) if config is not None else PrefillConfig(**options)
+    if config is None:
+        return PrefillConfig(**options)
+    return replace(config, **{**preset_options(options), **options})
 
 
 def option_names() -> tuple[str, ...]:
@@ -196,22 +263,23 @@ def option_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(PrefillConfig))
 
 
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "default": {field.name: field.default for field in fields(PrefillConfig) if field.name in _PAPER},
+    "paper": _PAPER,
+}
 CHOICES: dict[str, Sequence[str]] = {
+    "preset": tuple(PRESETS),
     "schedule": SCHEDULES,
     "growth": GROWTHS,
     "balance": BALANCES,
     "observer": tuple(OBSERVERS),
+    "pooling": POOLINGS,
     "positions": POSITIONS,
     "backend": BACKENDS,
+    "recall": RECALLS,
 }
-_LEAST = {
-    "memory_tokens": 1,
-    "observation_tokens": 1,
-    "observation_stride": 1,
-    "pool_kernel": 1,
-    "sink_tokens": 0,
-    "recent_tokens": 0,
-}
+_LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stride", "pool_kernel"), 1)
+_LEAST |= {"sink_tokens": 0, "recent_tokens": 0}
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

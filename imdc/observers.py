@@ -7,6 +7,7 @@ imported where scores are computed: a plan needs none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imdc.errors import ConfigError, did_you_mean
@@ -29,11 +30,14 @@ class Observer:
         query_aware: whether it knows the question at the end of the prompt; results of both kinds are told apart.
         rides_along: whether the last `observation_tokens` tokens of the prompt ride along with every chunk as further
             queries; their KV pairs are not kept.
+        questions: token ids of sample questions, which then ride along in the place of the prompt's last tokens, each
+            as if it alone followed the prompt; a key's score is the highest that it gets from any of them.
     """
 
     name: str = ""
     query_aware: bool = False
     rides_along: bool = False
+    questions: tuple[tuple[int, ...], ...] = ()
 
     def queries(self, config: PrefillConfig, chunk_tokens: int) -> int | None:
         """How many of a chunk's last queries vote by their attention; None where scores need no query.
@@ -87,6 +91,21 @@ class PromptTail(AttentionObserver):
     """
 
     name, query_aware, rides_along = "prompt_tail", True, True
+
+
+class Questions(PromptTail):
+    """Sample questions vote at every step: the highest score over them, each the mean over its own tokens.
+
+    Without any, where nobody knows the questions, the prompt's last tokens are the only one.
+    """
+
+    name = "questions"
+
+    def __init__(self, questions: Sequence[Sequence[int]] = ()) -> None:
+        """`questions` are token ids, as they would follow the prompt; none may be empty."""
+        self.questions = tuple(tuple(int(token) for token in question) for question in questions)
+        if not all(self.questions):
+            raise ConfigError("questions holds one without tokens; leave it out, or give its token ids")
 
 
 class Window(AttentionObserver):
@@ -151,7 +170,8 @@ class Random(Observer):
 
 
 OBSERVERS: dict[str, Observer] = {
-    observer.name: observer for observer in (PromptTail(), Window(), AllQueries(), SinkRecent(), KeyDiff(), Random())
+    observer.name: observer
+    for observer in (PromptTail(), Questions(), Window(), AllQueries(), SinkRecent(), KeyDiff(), Random())
 }
 
 
@@ -162,7 +182,8 @@ def find_observer(observer: str | Observer) -> Observer:
         ConfigError: there is none of that name, or the object cannot be used.
     """
     if isinstance(observer, Observer):
-        if not observer.name or (observer.name in OBSERVERS and observer is not OBSERVERS[observer.name]):
+        taken = OBSERVERS.get(observer.name)
+        if not observer.name or (taken is not None and type(observer) is not type(taken)):
             raise ConfigError(
                 f"observer={type(observer).__name__}() has name={observer.name!r}; set `name` to one that is not taken "
                 f"({', '.join(OBSERVERS)})"

@@ -80,7 +80,7 @@ def fitted(config: PrefillConfig, window: int | None) -> PrefillConfig:
     if (memory, chunk) == (config.memory_tokens, config.chunk_tokens) or (isinstance(chunk, int) and chunk < 1):
         return config
     start = config.initial_memory
-    capped = start if isinstance(start, float) else min(start, memory)
+    capped = min(start, memory) if isinstance(start, int) else start
     return replace(config, memory_tokens=memory, chunk_tokens=chunk, initial_memory=capped)
 
 

@@ -11,8 +11,40 @@ from imdc.config import PrefillConfig
 from imdc.schedule import Step
 
 
+class OfStep:
+    """What is said of one step shows that step's own numbers as its attributes."""
+
+    __slots__ = ()
+    step: Step
+
+    @property
+    def index(self) -> int:
+        """Number of the step in its row."""
+        return self.step.index
+
+    @property
+    def start(self) -> int:
+        """First prompt token read."""
+        return self.step.start
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens read."""
+        return self.step.chunk_tokens
+
+    @property
+    def memory_before(self) -> int:
+        """KV pairs that they are read against."""
+        return self.step.memory_before
+
+    @property
+    def memory_after(self) -> int:
+        """KV pairs retained."""
+        return self.step.memory_after
+
+
 @dataclass(frozen=True, slots=True)
-class StepReport:
+class StepReport(OfStep):
     """One step of one prompt row: `step` as planned, and what it took.
 
     Attributes:
@@ -35,29 +67,9 @@ class StepReport:
     retention: tuple[float | None, ...]
 
     @property
-    def index(self) -> int:
-        """Number of the step in its row."""
-        return self.step.index
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Prompt tokens read."""
-        return self.step.chunk_tokens
-
-    @property
-    def memory_before(self) -> int:
-        """KV pairs that they were read against."""
-        return self.step.memory_before
-
-    @property
-    def memory_after(self) -> int:
-        """KV pairs kept."""
-        return self.step.memory_after
-
-    @property
     def tokens_read(self) -> int:
         """Prompt tokens of the row read so far."""
-        return self.step.start + self.step.chunk_tokens
+        return self.start + self.chunk_tokens
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,6 +85,8 @@ class PrefillReport:
     `prompt_tokens` sums over the rows that were really read: identical rows (beams) are read once.
     `kv_bytes` is what the finished cache stores over all layers, `memory_tokens` the longest row's stored
     KV pairs per layer and KV head, and `restarts` how often an out-of-memory step began again with a smaller plan.
+    With recall, `host_bytes` are those of the pairs in host memory, `recalled_bytes` what questions read of them, and
+    `recall_seconds` how long that took of all `seconds`.
     """
 
     config: PrefillConfig
@@ -84,6 +98,9 @@ class PrefillReport:
     seconds: float
     steps: tuple[StepReport, ...]
     restarts: int = 0
+    host_bytes: int = 0
+    recalled_bytes: int = 0
+    recall_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -77,15 +77,19 @@ def attention_pairs(steps: Iterable[Step]) -> int:
 
 
 def tail_rows(steps: Sequence[Step], config: PrefillConfig, *, full_layers: int) -> list[int]:
-    """Prompt-tail rows that ride along with each step of a prefill, for observers that ask for it.
+    """Rows that ride along with each step of a prefill, for observers that ask for it: the prompt's tail, or questions.
 
-    None do where nothing is dropped, nor with the last chunk, which holds them itself; none at all in a model whose
-    layers all have sliding windows: nothing is compressed there.
+    None do where nothing is dropped, nor the prompt's tail with the last chunk, which holds it itself; none at all in
+    a model whose layers all have sliding windows: nothing is compressed there.
     """
+    observer = find_observer(config.observer)
     rows = min(config.observation_tokens, sum(step.chunk_tokens for step in steps))
-    if not find_observer(config.observer).rides_along or not full_layers:
+    if observer.questions:
+        rows = sum(map(len, observer.questions))
+    if not observer.rides_along or not full_layers:
         rows = 0
-    return [rows if step is not steps[-1] and step.memory_after < step.attended_tokens else 0 for step in steps]
+    holds_them = None if observer.questions else steps[-1]
+    return [rows if step is not holds_them and step.memory_after < step.attended_tokens else 0 for step in steps]
 
 
 def observing_rows(config: PrefillConfig, chunk_tokens: int, tail_rows: int) -> int | None:
@@ -199,7 +203,7 @@ class _Schedule:
         # A prompt that fits is not cut at all; of any other exactly this many KV pairs go, and memory ends at M.
         self.drops = max(0, stored_tokens + prompt_tokens - memory)
         least = min(memory, max(1, stored_tokens, config.sink_tokens + config.recent_tokens))
-        first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens)
+        first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens(self.count))
         self.targets = [max(least, target) for target in _targets(config.growth, first, memory, self.count)]
 
     def equal(self) -> list[int]:

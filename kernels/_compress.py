@@ -91,13 +91,13 @@ def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.cons
 @triton.jit
 def compress_head(
     mass, ranks, indices, k, stride_kt, v, stride_vt, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """From the mass of one KV head's keys to its kept rows, all by one program."""
     tl.debug_barrier()  # the mass is written
     for start in range(0, scored, TILE):
         o_n = start + tl.arange(0, TILE)
-        b_score = pooled_scores(mass, o_n, scored, reach)
+        b_score = pooled_scores(mass, o_n, scored, reach, AVERAGE)
         b_rank = ordered(b_score, o_n, scored, sink_tokens, recent_tokens)
         tl.store(ranks + o_n, b_rank.to(tl.int32, bitcast=True), mask=o_n < scored)
     tl.debug_barrier()  # the ranks are written

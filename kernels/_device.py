@@ -50,13 +50,17 @@ def soft_capped(logits, softcap):
 
 
 @triton.jit
-def pooled_scores(scores, o_n, keys, reach):
-    """The largest of the scores o_n - reach .. o_n + reach, cut off at both ends of the row."""
-    b_best = tl.full(o_n.shape, float("-inf"), tl.float32)
+def pooled_scores(scores, o_n, keys, reach, AVERAGE: tl.constexpr):
+    """The largest of the scores o_n - reach .. o_n + reach; with AVERAGE their mean, zeros beyond the row counted."""
+    OUTSIDE: tl.constexpr = 0.0 if AVERAGE else float("-inf")
+    b_pooled = tl.full(o_n.shape, OUTSIDE, tl.float32)
     for shift in range(-reach, reach + 1):
         m_n = (o_n + shift >= 0) & (o_n + shift < keys)
-        b_best = tl.maximum(b_best, tl.load(scores + o_n + shift, mask=m_n, other=float("-inf")))
-    return b_best
+        b_score = tl.load(scores + o_n + shift, mask=m_n, other=OUTSIDE)
+        b_pooled = b_pooled + b_score if AVERAGE else tl.maximum(b_pooled, b_score)
+    if AVERAGE:
+        b_pooled = b_pooled / tl.cast(2 * reach + 1, tl.float32)
+    return b_pooled
 
 
 @triton.jit

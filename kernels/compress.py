@@ -60,7 +60,7 @@ def _compress_kernel(
     queries, keys, kv_heads, observers, every, scored, keep, reach, sink_tokens, recent_tokens, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0)
@@ -97,7 +97,7 @@ def _compress_kernel(
         source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
         source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
         new_k + kept * D, new_v + kept * D, scored, keep, reach, sink_tokens, recent_tokens,
-        D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE,
+        D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
     )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def plan_compress(
     rows: int,
     stride: int,
     pool_kernel: int,
+    pooling: str,
     sink_tokens: int,
     recent_tokens: int,
     scale: float,
@@ -148,6 +149,7 @@ def plan_compress(
         rows: number of observers; with all heads of a KV head at most `config.rows`.
         stride: as in `compress_step`.
         pool_kernel: as in `compress_step`.
+        pooling: as in `compress_step`.
         sink_tokens: as in `compress_step`.
         recent_tokens: as in `compress_step`.
         scale: factor on the logits.
@@ -186,6 +188,7 @@ def plan_compress(
             **logits,
             "DESCRIPTORS": config.descriptors,
             **compression_blocks(block_d, q.element_size()),
+            "AVERAGE": pooling == "avg",
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -212,6 +215,7 @@ def compress(
     rows: int,
     stride: int,
     pool_kernel: int,
+    pooling: str,
     sink_tokens: int,
     recent_tokens: int,
     scale: float,
@@ -233,6 +237,7 @@ def compress(
         rows: number of observing queries.
         stride: as in `compress_step`.
         pool_kernel: as in `compress_step`.
+        pooling: as in `compress_step`.
         sink_tokens: as in `compress_step`.
         recent_tokens: as in `compress_step`.
         scale: factor on the logits.
@@ -243,16 +248,17 @@ def compress(
     logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
     forced: dict[str, Any] = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
     voting: dict[str, Any] = {"rows": rows, "stride": stride}
+    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
     if one_launch_pays(q, k, sizes, target):
         ranks = torch.empty(mass.shape, dtype=torch.int32, device=device)
         config = compression_config(q, k, sizes, target)
         tensors = (q, k, v, source_k, lse, mass, ranks, indices, new_k, new_v)
-        plan_compress(*tensors, pool_kernel=pool_kernel, config=config, **voting, **forced, **logits).run(device)
+        plan_compress(*tensors, config=config, **pooled, **voting, **forced, **logits).run(device)
         return
     plan_key_mass(q, k, lse, mass, target=target, **voting, **logits).run(device)
     scores = mass
     if pool_kernel > 1:
         scores = torch.empty_like(mass)
-        plan_pool(mass, scores, pool_kernel=pool_kernel).run(device)
+        plan_pool(mass, scores, **pooled).run(device)
     plan_select(scores, indices, **forced).run(device)
     plan_compact(source_k, v, indices, new_k, new_v).run(device)

@@ -57,6 +57,7 @@ def compress_step(
     sink_tokens: int = 0,
     recent_tokens: int = 0,
     pool_kernel: int = 1,
+    pooling: str = "max",
     softcap: float | None = None,
     kept_k: Tensor | None = None,
     forward: Forward | None = None,
@@ -74,7 +75,8 @@ def compress_step(
         scored_keys: only keys 0..scored_keys-1 can be kept; None means all T.
         sink_tokens: keys kept at the front, whatever their score.
         recent_tokens: keys kept at the end of the scored ones, whatever their score.
-        pool_kernel: odd width of a max-pool over neighbouring scores; 1 leaves them.
+        pool_kernel: odd width of a pooling over neighbouring scores; 1 leaves them.
+        pooling: "max" or "avg".
         softcap: as in `chunk_attention`.
         kept_k: what to keep of the keys instead of `k`, same shape: their canonical form where `k` is rotated.
         forward: a library's attention with the signature of `chunk_attention`; None takes this project's.
@@ -92,7 +94,8 @@ def compress_step(
         require_tensor(name, x, tuple(k.shape), (q.dtype,))
         require_same_device("q", q, name, x)
     require_logits(scale, softcap)
-    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, pool_kernel=pool_kernel)
+    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
+    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, **pooled)
     require_selection(scored, keep, sink_tokens, recent_tokens)
 
     (batch, kv_heads, keys, dim), device = k.shape, q.device
@@ -104,7 +107,7 @@ def compress_step(
     )
     logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
     forced: dict[str, Any] = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-    voting: dict[str, Any] = {"rows": rows, "pool_kernel": pool_kernel}
+    voting: dict[str, Any] = {"rows": rows, **pooled}
     out = lse = None
     if forward is not None:
         # Before anything else is allocated: what the library needs besides is gone when it returns.

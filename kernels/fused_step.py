@@ -46,7 +46,7 @@ def _fused_step_kernel(
     queries, keys, kv_heads, kv_rows, observers, scored, keep, reach, sink_tokens, recent_tokens, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -95,7 +95,7 @@ def _fused_step_kernel(
             source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
             source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
             new_k + kept * D, new_v + kept * D, scored, keep, reach, sink_tokens, recent_tokens,
-            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE,
+            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
         )  # fmt: skip
 
 
@@ -113,6 +113,7 @@ def plan_fused_step(
     *,
     rows: int,
     pool_kernel: int,
+    pooling: str,
     sink_tokens: int,
     recent_tokens: int,
     scale: float,
@@ -134,6 +135,7 @@ def plan_fused_step(
         new_v: as `new_k`.
         rows: number of observers, which all vote; with all heads of a KV head at most `config.rows`.
         pool_kernel: as in `compress_step`.
+        pooling: as in `compress_step`.
         sink_tokens: as in `compress_step`.
         recent_tokens: as in `compress_step`.
         scale: factor on the logits.
@@ -173,6 +175,7 @@ def plan_fused_step(
             **logits,
             "DESCRIPTORS": config.descriptors,
             **compression_blocks(block_d, q.element_size()),
+            "AVERAGE": pooling == "avg",
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -21,6 +21,8 @@ Layouts and reference: `kernels/reference.py`, `key_mass`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -44,7 +46,7 @@ from ._launch import (
     target_of,
 )
 from .limits import power_of_two
-from .pool import pool, require_pool_kernel
+from .pool import pool, require_pooling
 from .reference import voters
 
 
@@ -185,7 +187,9 @@ def plan_key_mass(
     )
 
 
-def require_scoring(q: Tensor, k: Tensor, *, rows: int, stride: int, scored_keys: int | None, pool_kernel: int) -> int:
+def require_scoring(
+    q: Tensor, k: Tensor, *, rows: int, stride: int, scored_keys: int | None, pool_kernel: int, pooling: str
+) -> int:
     """Check who observes, what is scored and how it is pooled; returns the number of scored keys.
 
     Raises:
@@ -196,7 +200,7 @@ def require_scoring(q: Tensor, k: Tensor, *, rows: int, stride: int, scored_keys
     require(stride >= 1, "stride", stride, "must be at least 1")
     scored = keys if scored_keys is None else scored_keys
     require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
-    require_pool_kernel(pool_kernel)
+    require_pooling(pool_kernel, pooling)
     return scored
 
 
@@ -211,6 +215,7 @@ def key_mass(
     scored_keys: int | None = None,
     softcap: float | None = None,
     pool_kernel: int = 1,
+    pooling: str = "max",
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
 
@@ -226,7 +231,8 @@ def key_mass(
         stride: every how manyth of them votes, counted back from the last.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
-        pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+        pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+        pooling: "max" or "avg"; see `pool`.
 
     Returns:
         float32 [B, Hkv, scored_keys].
@@ -238,10 +244,11 @@ def key_mass(
     require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
     require_same_device("q", q, "lse", lse)
     require_logits(scale, softcap)
-    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, pool_kernel=pool_kernel)
+    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
+    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, **pooled)
     mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass
     target = target_of(q.device)
     plan_key_mass(q, k, lse, mass, scale=scale, rows=rows, stride=stride, softcap=softcap, target=target).run(q.device)
-    return pool(mass, pool_kernel)
+    return pool(mass, pool_kernel, pooling)

@@ -1,6 +1,6 @@
-"""What the Triton kernels take and how a step is launched, without importing torch or Triton.
+"""What the kernels take and how a step is launched, without importing torch or Triton.
 
-The launchers and the planner ask the same functions, so a plan knows which buffers a step allocates.
+The kernels and the planner ask the same functions, so a plan knows which buffers a step allocates.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_HEAD_SIZE = 256
+# Float32 elements of one score block of the reference kernels: 16 MiB. Its exponentials and its mask are temporaries of
+# that size too.
+_BLOCK_ELEMENTS = 4 * 2**20
+# Ways to pool scores over neighbouring keys, by the names of SnapKV's code.
+POOLINGS = ("max", "avg")
 # Generations with both the bulk tensor copy engine and shared memory enough to feed it.
 COPYING_MAJORS = (9, 10)
 # Scores that a program which selects looks through at a time.
@@ -29,6 +34,11 @@ _LAUNCH_CLOCKS = 5000.0
 def head_size_supported(head_dim: int) -> bool:
     """Whether the Triton kernels take heads of `head_dim` dimensions: every size up to 256."""
     return 1 <= head_dim <= MAX_HEAD_SIZE
+
+
+def rows_per_block(rows: int, elements_per_row: int) -> int:
+    """How many of `rows` query rows, with so many scores each, the reference kernels take at once."""
+    return min(rows, max(1, _BLOCK_ELEMENTS // max(1, elements_per_row)))
 
 
 def power_of_two(size: int, least: int = 1) -> int:

@@ -12,16 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from imdc.kernels.limits import rows_per_block
 from torch import Tensor
-
-# Float32 elements of one score block: 16 MiB. Its exponentials and its mask are temporaries of that size too.
-_BLOCK_ELEMENTS = 4 * 2**20
 
 
 def _row_blocks(first: int, last: int, elements_per_row: int) -> Iterator[tuple[int, int]]:
-    """Cut the query rows first..last into (start, count) blocks of at most `_BLOCK_ELEMENTS` scores."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, elements_per_row))
-    for start in range(first, last, step):
+    """Cut the query rows first..last into (start, count) blocks; see `imdc.kernels.limits.rows_per_block`."""
+    step = rows_per_block(last - first, elements_per_row)
+    for start in range(first, last, max(1, step)):
         yield start, min(step, last - start)
 
 
@@ -97,6 +95,7 @@ def key_mass(
     scored_keys: int | None = None,
     softcap: float | None = None,
     pool_kernel: int = 1,
+    pooling: str = "max",
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
 
@@ -113,7 +112,8 @@ def key_mass(
         stride: every how manyth of them votes, counted back from the last.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
-        pool_kernel: odd width of a max-pool over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+        pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
+        pooling: "max" or "avg"; see `pool`.
 
     Returns:
         float32 [B, Hkv, scored_keys].
@@ -136,13 +136,19 @@ def key_mass(
             logits = _block_logits(q[:, of_group, block], k[:, head].float(), visible, scale=scale, softcap=softcap)
             mass[:, head] += logits.sub_(lse[:, of_group, block, None]).exp_().sum(dim=(1, 2))
     mass = mass[..., :scored] / (seen[:scored] * group).clamp_min(1.0)
-    return pool(mass, pool_kernel)
+    return pool(mass, pool_kernel, pooling)
 
 
-def pool(mass: Tensor, pool_kernel: int) -> Tensor:
-    """Max-pool scores [B, Hkv, T] over `pool_kernel` neighbouring keys (odd); 1 returns them unchanged."""
+def pool(mass: Tensor, pool_kernel: int, pooling: str = "max") -> Tensor:
+    """Pool scores [B, Hkv, T] over `pool_kernel` neighbouring keys (odd); 1 returns them unchanged.
+
+    "max" is cut off at the ends of the row. "avg" divides by the whole width everywhere, so that the row counts as
+    zero beyond its ends, as in the code of the IMDC paper (`avg_pool1d` with its default count_include_pad).
+    """
     if pool_kernel == 1:
         return mass
+    if pooling == "avg":
+        return torch.nn.functional.avg_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
     return torch.nn.functional.max_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
 
 

@@ -46,9 +46,10 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"initial_memory": 1.01}, r"initial_memory=1.01 as a float is a share"),
         ({"initial_memory": float("nan")}, r"initial_memory=nan as a float is a share"),
         ({"initial_memory": 5000}, r"initial_memory=5000 is larger than memory_tokens=4096"),
-        ({"initial_memory": "half"}, r"initial_memory must be an int"),
+        ({"initial_memory": "half"}, r"initial_memory must be one of 'per_step', got 'half'"),
         ({"observation_tokens": 0}, r"observation_tokens must be at least 1"),
         ({"pool_kernel": 4}, r"pool_kernel must be odd.*use 3 or 5"),
+        ({"pooling": "mean"}, r"pooling must be one of 'max', 'avg', got 'mean'"),
         ({"pool_kernel": -1}, r"pool_kernel must be at least 1"),
         ({"sink_tokens": -1}, r"sink_tokens must be at least 0"),
         ({"recent_tokens": -1}, r"recent_tokens must be at least 0"),
@@ -92,18 +93,20 @@ def test_options_go_on_top_of_a_config() -> None:
         ({"initial_memory": 100}, 100),
         ({"initial_memory": 1.0}, 4096),
         ({"initial_memory": 1}, 36),
+        ({"initial_memory": "per_step"}, 585),
+        ({"initial_memory": "per_step", "memory_tokens": 70}, 36),
         ({"initial_memory": 1, "sink_tokens": 0, "recent_tokens": 0}, 1),
     ],
 )
 def test_first_memory_in_tokens(options: dict[str, Any], tokens: int) -> None:
-    assert PrefillConfig(**options).first_memory_tokens == tokens
+    assert PrefillConfig(**options).first_memory_tokens(7) == tokens
 
 
 def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
-        "observation_tokens", "observation_stride", "pool_kernel", "sink_tokens", "recent_tokens", "positions",
-        "decode_tokens", "backend",
+        "observation_tokens", "observation_stride", "pooling", "pool_kernel", "sink_tokens", "recent_tokens",
+        "positions", "decode_tokens", "backend", "preset",
     )  # fmt: skip
 
 

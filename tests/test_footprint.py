@@ -195,11 +195,3 @@ def test_prediction_is_the_measured_peak_of_smollm2(smollm2: Any, data_dir: Any,
     assert ids.shape[1] == 4096
     measured = measure(model, ids, PrefillConfig(chunk_tokens=chunk, memory_tokens=memory))
     assert measured.error == pytest.approx(0.0, abs=0.01)
-
-
-def test_score_blocks_are_those_of_the_reference_kernels() -> None:
-    from imdc.kernels import reference
-
-    from imdc.planner import layer_bytes
-
-    assert layer_bytes._SCORE_BLOCK == reference._BLOCK_ELEMENTS

@@ -128,10 +128,10 @@ for memory, chunk, keep, capacity in steps:
         plan_chunk_attention(q, k, v, out, lse, window=None, target=chip, **logits),
         plan_key_mass(q, k, lse, mass, rows=min(64, chunk), target=chip, **logits),
         plan_fused_step(
-            q, k, v, k, out, mass, ranks, indices, kept, kept, rows=min(16, chunk), pool_kernel=15,
+            q, k, v, k, out, mass, ranks, indices, kept, kept, rows=min(16, chunk), pool_kernel=15, pooling="max",
             config=attention_config(q, k, v, chip), **forced, **logits,
         ),
-        plan_pool(mass, mass, pool_kernel=15),
+        plan_pool(mass, mass, pool_kernel=15, pooling="max"),
         plan_select(mass, indices, **forced),
         plan_compact(k, v, indices, kept, kept),
         plan_rotate(k, cos, cos, ghost(1, 8, keys, 128)),

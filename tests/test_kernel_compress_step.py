@@ -57,24 +57,25 @@ def observers(case: Case) -> int:
     return min(case.queries, 32 // case.group)
 
 
-@pytest.mark.parametrize("pool_kernel", [1, 15])
+@pytest.mark.parametrize(("pool_kernel", "pooling"), [(1, "max"), (15, "max"), (5, "avg")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int, way: str) -> None:
+def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int, pooling: str, way: str) -> None:
     q, k, v = case.tensors(dtype)
     scored, rows = case.keys - case.queries // 4, observers(case)
     sinks, recent = min(3, scored // 8), min(4, scored // 8)
     keep = (scored + 1) // 2
     chosen = {"keep": keep, "sink_tokens": sinks, "recent_tokens": recent}
     with poisoned_memory():
+        pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
         out, new_k, new_v, indices = compress_step(
-            q, k, v, rows=rows, scored_keys=scored, pool_kernel=pool_kernel, **chosen, **options(case)
+            q, k, v, rows=rows, scored_keys=scored, **pooled, **chosen, **options(case)
         )
     truth, _ = attention_oracle(q, k, v, **case.logits)
     assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0, softcap=case.softcap)
 
     exact = mass_of(q.double(), k.double(), rows=rows, **case.logits)[..., :scored]
-    exact = reference.pool(exact, pool_kernel)
+    exact = reference.pool(exact, pool_kernel, pooling)
     exact[..., :sinks] = exact[..., scored - recent :] = float("inf")
     assert (indices.diff(dim=-1) > 0).all() and (indices >= 0).all() and (indices < scored).all()
     kept = torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, indices, True)
@@ -254,6 +255,7 @@ def test_two_runs_give_the_same_bits(way: str) -> None:
         ({"rows": 51}, r"rows = 51: must be 1\.\.50"),
         ({"stride": 0}, r"stride = 0: must be at least 1"),
         ({"pool_kernel": 2}, r"pool_kernel = 2: must be odd"),
+        ({"pooling": "mean"}, r"pooling = 'mean': must be one of 'max', 'avg'"),
         ({"scored_keys": 118}, r"scored_keys = 118"),
         ({"k": torch.zeros(3, 3)}, r"k\.shape = \[3, 3\]"),
         ({"v": torch.zeros(1, 2, 9, 64)}, r"v\.shape = \[1, 2, 9, 64\]"),

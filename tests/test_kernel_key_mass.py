@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 from imdc.kernels import reference
 from imdc.kernels._launch import Config, target_of
 from imdc.kernels.key_mass import key_mass, plan_key_mass
+from imdc.kernels.limits import POOLINGS
 from imdc.kernels.pool import pool
 
 RAGGED = Case(1, 2, 4, 50, 117, 64)
@@ -136,20 +137,38 @@ def test_two_runs_give_the_same_bits() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("pool_kernel", [1, 3, 15, 301])
-def test_pooling_is_the_reference_s(pool_kernel: int) -> None:
+def test_pooling_is_the_reference_s(pool_kernel: int, pooling: str) -> None:
     q, k, v = RAGGED.tensors(torch.float32)
     lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
     plain = key_mass(q, k, lse, rows=16, scored_keys=101, **options(RAGGED))
     with poisoned_memory():
-        pooled = key_mass(q, k, lse, rows=16, scored_keys=101, pool_kernel=pool_kernel, **options(RAGGED))
-    assert torch.equal(pooled, reference.pool(plain, pool_kernel))
+        pooled = key_mass(
+            q, k, lse, rows=16, scored_keys=101, pool_kernel=pool_kernel, pooling=pooling, **options(RAGGED)
+        )
+    assert_pooled(pooled, plain, pool_kernel, pooling)
 
 
-def test_pool_crosses_blocks_and_keeps_negative_scores() -> None:
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pool_crosses_blocks_and_keeps_negative_scores(pooling: str) -> None:
     scores = torch.randn(2, 3, 700, device=DEVICE) - 5.0
     with poisoned_memory():
-        assert torch.equal(pool(scores, 31), reference.pool(scores, 31))
+        pooled = pool(scores, 31, pooling)
+    assert_pooled(pooled, scores, 31, pooling)
+
+
+def assert_pooled(pooled: torch.Tensor, scores: torch.Tensor, width: int, pooling: str) -> None:
+    """Largest scores to the bit; means within the rounding of a sum of `width` terms in any order."""
+    if pooling == "max" or width == 1:
+        assert torch.equal(pooled, reference.pool(scores, width, pooling))
+        return
+    # Written out: the row is zero beyond its ends, and the width stays the divisor there.
+    padded = torch.nn.functional.pad(scores.double(), (width // 2, width // 2))
+    exact = torch.stack([padded[..., j : j + width].sum(-1) / width for j in range(scores.shape[-1])], dim=-1)
+    largest = scores.abs().max().item()
+    for found in (pooled, reference.pool(scores, width, pooling)):
+        assert (found.double() - exact).abs().max() <= width * torch.finfo(torch.float32).eps * largest
 
 
 @pytest.mark.parametrize(
@@ -162,6 +181,7 @@ def test_pool_crosses_blocks_and_keeps_negative_scores() -> None:
         ({"scored_keys": -1}, r"scored_keys = -1"),
         ({"pool_kernel": 4}, r"pool_kernel = 4: must be odd"),
         ({"pool_kernel": 0}, r"pool_kernel = 0"),
+        ({"pooling": "mean"}, r"pooling = 'mean': must be one of 'max', 'avg'"),
         ({"lse": torch.zeros(1, 4, 6)}, r"lse\.shape = \[1, 4, 6\]: must be \[1, 4, 5\]"),
         ({"lse": torch.zeros(1, 4, 5, dtype=torch.float64)}, r"lse\.dtype = torch\.float64"),
         ({"scale": -1.0}, r"scale = -1\.0"),

@@ -62,7 +62,6 @@ def prompt(rows: int = 1) -> Tensor:
 def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     """New tokens of the call `options`, which starts from one seed."""
     torch.manual_seed(3)
-    # Prompt lookup of transformers 5.6 needs an end token.
     settings = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 2, "do_sample": False, **options}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 

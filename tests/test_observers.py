@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,16 +22,16 @@ B, HQ, HKV, D = 1, 6, 2, 16
 
 
 def observation(
-    observer: str, backend: Backend, *, memory: int = 20, chunk: int = 12, tail: int = 4, pool: int = 1, stride: int = 1
+    observer: str, backend: Backend, *, memory: int = 20, chunk: int = 12, tail: int = 4, **pooled: Any
 ) -> Observation:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(B, HQ, chunk + tail, D, generator=generator)
     k, v = (torch.randn(B, HKV, memory + chunk + tail, D, generator=generator) for _ in range(2))
     _, lse = backend.chunk_attention(q, k, v, scale=0.25)
     config = PrefillConfig(
-        observer=observer, observation_tokens=4, observation_stride=stride, pool_kernel=pool, memory_tokens=16,
-        sink_tokens=2, recent_tokens=2,
-    )  # fmt: skip
+        **{"observer": observer, "observation_tokens": 4, "memory_tokens": 16, "sink_tokens": 2, "recent_tokens": 2},
+        **{"pool_kernel": 1, **pooled},
+    )
     return Observation(
         q=q, k=k, v=v, lse=lse, scale=0.25, softcap=None, chunk_tokens=chunk, tail_rows=tail, layer=1, step=2,
         config=config, backend=backend,
@@ -71,7 +72,7 @@ def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
 @pytest.mark.parametrize("stride", [2, 4, 5, 30])
 @pytest.mark.parametrize(("observer", "rows"), [("window", 4), ("all_queries", 12)])
 def test_with_a_stride_every_nth_query_votes_and_the_last_one_always(observer: str, rows: int, stride: int) -> None:
-    seen = observation(observer, REFERENCE, tail=0, stride=stride)
+    seen = observation(observer, REFERENCE, tail=0, observation_stride=stride)
     scores = find_observer(observer).score(seen)
     torch.testing.assert_close(scores.double(), dense_mass(seen, rows, stride), atol=1e-6, rtol=1e-5)
 
@@ -91,9 +92,18 @@ def test_pooling_over_the_wrong_heads_would_be_seen() -> None:
 
 def test_max_pooling_keeps_neighbours() -> None:
     plain = find_observer("window").score(observation("window", REFERENCE, tail=0))
-    pooled = find_observer("window").score(observation("window", REFERENCE, tail=0, pool=5))
+    pooled = find_observer("window").score(observation("window", REFERENCE, tail=0, pool_kernel=5))
     for j in range(plain.shape[-1]):
         assert torch.equal(pooled[..., j], plain[..., max(0, j - 2) : j + 3].amax(-1))
+
+
+def test_average_pooling_counts_zeros_beyond_the_ends() -> None:
+    """As the code of the IMDC paper does: it calls avg_pool1d with its default of count_include_pad."""
+    plain = find_observer("window").score(observation("window", REFERENCE, tail=0))
+    pooled = find_observer("window").score(observation("window", REFERENCE, tail=0, pool_kernel=5, pooling="avg"))
+    for j in range(plain.shape[-1]):
+        mean = plain[..., max(0, j - 2) : j + 3].sum(-1) / 5
+        torch.testing.assert_close(pooled[..., j], mean, atol=1e-7, rtol=1e-5)
 
 
 def test_sink_recent_prefers_the_latest() -> None:

@@ -121,7 +121,7 @@ def test_defaults_read_prompts_longer_than_a_small_window(family: str, window: i
         assert handle.report.memory_tokens == used.memory_tokens
     plan = imdc.plan(model, window + 900)
     assert plan.config == used and not plan.notes()
-    assert [step.step.chunk_tokens for step in plan.steps] == [step.chunk_tokens for step in handle.report.steps]
+    assert [step.chunk_tokens for step in plan.steps] == [step.chunk_tokens for step in handle.report.steps]
 
 
 def test_chosen_sizes_that_do_not_fit_are_refused_before_anything_is_computed() -> None:
@@ -148,7 +148,7 @@ def test_auto_chunks_fit_limit_and_window() -> None:
     with imdc.patch(model, **options) as handle, torch.no_grad():
         model(prompt(5000), past_key_values=handle.new_cache(), logits_to_keep=1)
     assert handle.report is not None
-    assert [step.step.chunk_tokens for step in plan.steps] == [step.chunk_tokens for step in handle.report.steps]
+    assert [step.chunk_tokens for step in plan.steps] == [step.chunk_tokens for step in handle.report.steps]
     with pytest.raises(ConfigError, match="memory_limit"):
         imdc.plan(model, 5000, device="cpu", chunk_tokens="auto")
 

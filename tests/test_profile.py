@@ -95,12 +95,12 @@ def test_measure_reports_every_step_and_layer() -> None:
     model = FAMILIES["llama"]()
     seen: list[StepReport] = []
     measured = measure(model, prompt(1000), CONFIG, on_step=seen.append)
-    assert [step.step.chunk_tokens for step in measured.steps] == [report.chunk_tokens for report in seen]
-    assert sum(step.step.chunk_tokens for step in measured.steps) == measured.prompt_tokens == 1000
+    assert [step.chunk_tokens for step in measured.steps] == [report.chunk_tokens for report in seen]
+    assert sum(step.chunk_tokens for step in measured.steps) == measured.prompt_tokens == 1000
     for step, report in zip(measured.steps, seen, strict=True):
         assert len(step.layer_peaks) == 3
         assert step.peak_bytes >= max(step.layer_peaks)
-        assert step.kv_bytes == report.kv_bytes == step.step.memory_after * 3 * 2 * 2 * 16 * 4
+        assert step.kv_bytes == report.kv_bytes == step.memory_after * 3 * 2 * 2 * 16 * 4
         assert step.kv_bytes < step.held_bytes < step.peak_bytes
         assert step.seconds > 0
     assert measured.peak_bytes == max(step.peak_bytes for step in measured.steps)

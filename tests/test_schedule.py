@@ -27,7 +27,7 @@ def cases(draw: st.DrawFn, schedules: tuple[str, ...] = COMPRESSING) -> tuple[in
     """A prompt length, a config of one of `schedules`, and a stored cache."""
     memory = draw(st.integers(1, 3000))
     share = st.floats(0.001, 1.0, allow_nan=False)
-    start = draw(st.one_of(st.integers(1, memory), share))
+    start = draw(st.one_of(st.integers(1, memory), share, st.just("per_step")))
     sinks = draw(st.integers(0, min(8, memory)))
     config = PrefillConfig(
         schedule=draw(st.sampled_from(schedules)),

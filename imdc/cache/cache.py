@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imdc.cache.layers import Mark, MemoryLayer, SlidingLayer
 from imdc.cache.rows import Row, RowState
+from imdc.cache.store import HostStore
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 
@@ -46,6 +47,8 @@ class ImdcCache(hf.Cache):
         rows: per-row state, None before the first prefill.
         turn: of the generate() call that is running, None outside of one.
         anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
+        is_branch: whether it belongs to a question, whose turn drops nothing; see `imdc.cache.branch`.
+        store: all pairs of the text in host memory, where questions take back what was evicted; None without recall.
     """
 
     def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:
@@ -90,6 +93,8 @@ class ImdcCache(hf.Cache):
         return self._can_crop or (self.turn is not None and self.turn.assisted)
 
     width: int = 0
+    is_branch: bool = False
+    store: HostStore | None = None
 
     def kv_bytes(self) -> int:
         """Bytes of the stored keys and values over all layers, spare room of the tail not counted."""
@@ -268,7 +273,7 @@ class ImdcCache(hf.Cache):
     def reset(self) -> None:
         """Forget everything; the next forward call reads a prompt."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.phase, self.rows, self.width = "prefill", None, 0
+        self.phase, self.rows, self.width, self.store = "prefill", None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""

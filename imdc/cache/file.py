@@ -1,9 +1,9 @@
 """Keep a prefilled cache on disk: read a document once, ask about it later, in any process.
 
-One safetensors file, never pickle. Tensors are `layers.<n>.keys` and `layers.<n>.values` [B, Hkv, stored, D]. The
-header holds `imdc`, a JSON text with everything else (the model's facts, samples of its weights, settings of its
-adapters, the state of rows and layers), and `sha256`, the checksum of that text and of all tensors. The checksum finds
-damage, not forgery: it is no signature.
+One safetensors file, never pickle. Tensors are `layers.<n>.keys` and `layers.<n>.values` [B, Hkv, stored, D], and with
+recall `store.<n>.keys` and `store.<n>.values` [1, tokens, Hkv, D]. The header holds `imdc`, a JSON text with everything
+else (the model's facts, samples of its weights, settings of its adapters, the state of rows and layers), and `sha256`,
+the checksum of that text and of all tensors. The checksum finds damage, not forgery: it is no signature.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from imdc import __version__
 from imdc.cache.cache import ImdcCache
 from imdc.cache.layers import MemoryLayer
 from imdc.cache.rows import RowState
+from imdc.cache.store import HostStore
 from imdc.errors import CacheMismatchError, UnsupportedCallError
 from imdc.model.parts import Parts
 
 # Raise it when a file written by one version cannot be read by the other.
 _FORMAT = 2
+# That of files which also hold a document's store: earlier versions would not see it.
+_FORMAT_WITH_STORE = 3
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
 # What torch.compile and FSDP put into the names of what they wrap.
@@ -62,9 +65,11 @@ def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
     for number, layer in enumerate(cache.layers):
         for side in ("keys", "values"):
             tensors[f"layers.{number}.{side}"] = getattr(layer, side).detach().cpu().contiguous()
+    if cache.store is not None:
+        tensors |= cache.store.tensors()
     state = json.dumps(
         {
-            "format": _FORMAT,
+            "format": _FORMAT if cache.store is None else _FORMAT_WITH_STORE,
             "imdc": __version__,
             "model": _facts(Parts.of(model)),
             "weights": _weight_samples(model),
@@ -117,6 +122,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> ImdcCach
             layer.cumulative_length = saved["seen"]
     cache.phase, cache.width = state["cache"]["phase"], state["cache"]["width"]
     cache.rows = RowState(**{name: torch.tensor(state["rows"][name]) for name in _ROW_FIELDS})
+    cache.store = HostStore.of(tensors)
     # An empty list has no type of its own.
     cache.rows.question = cache.rows.question.long()
     return cache
@@ -159,10 +165,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if _checksum(header["imdc"], tensors) != header["sha256"]:
         raise CacheMismatchError(f"{name!r} was altered after it was saved: its checksum differs; {again}")
     state: dict[str, Any] = json.loads(header["imdc"])
-    if state["format"] != _FORMAT:
+    if state["format"] not in (_FORMAT, _FORMAT_WITH_STORE):
         raise CacheMismatchError(
             f"{name!r} has format {state['format']}, written by imdc {state['imdc']}; imdc {__version__} "
-            f"reads format {_FORMAT}: use that version, or {again}"
+            f"reads formats {_FORMAT} and {_FORMAT_WITH_STORE}: use that version, or {again}"
         )
     return state, tensors
 

@@ -6,6 +6,7 @@ apart from KV pairs *stored*, so that transformers builds its masks and position
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -127,6 +128,15 @@ class MemoryLayer(hf.CacheLayerMixin):
         super().offload()  # type: ignore[no-untyped-call]
         self._buffers = None
 
+    def twin(self, rows: int) -> MemoryLayer:
+        """A layer of `rows` rows that begin with this one's only row; their tensors are shared until one appends."""
+        twin = copy.copy(self)
+        if self.keys is not None and self.values is not None:
+            twin.keys, twin.values = (x.expand(rows, -1, -1, -1) for x in (self.keys, self.values))
+        # Both would write to the spare room of one buffer.
+        twin._buffers = None
+        return twin
+
     def _reindex(self, index: Tensor) -> None:
         if self.keys is not None and self.values is not None:
             index = index.to(self.keys.device)
@@ -187,6 +197,13 @@ class SlidingLayer(hf.DynamicSlidingWindowLayer):
     def rewind(self, mark: Mark) -> None:
         """Be as at `mark`, also when an `update` since then was cut off anywhere."""
         self.keys, self.values, self.cumulative_length = mark
+
+    def twin(self, rows: int) -> SlidingLayer:
+        """A layer of `rows` rows that begin with this one's only row; their tensors are shared, and never written."""
+        twin = copy.copy(self)
+        if self.keys is not None and self.values is not None:
+            twin.keys, twin.values = (x.expand(rows, -1, -1, -1) for x in (self.keys, self.values))
+        return twin
 
     def reset(self) -> None:
         """Forget everything."""

@@ -44,7 +44,7 @@ def draw(prefills: Sequence[MeasuredPrefill], path: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for prefill in prefills:
-        tokens = [measured.step.start + measured.step.chunk_tokens for measured in prefill.steps]
+        tokens = [measured.start + measured.chunk_tokens for measured in prefill.steps]
         peaks = [measured.peak_bytes / MIB for measured in prefill.steps]
         predicted = [measured.predicted.above_weights / MIB for measured in prefill.steps]
         # The two often lie on each other: a broad pale line with a thin one on it shows both.

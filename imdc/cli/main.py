@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from imdc import __version__
 from imdc.errors import ImdcError, did_you_mean
 
-COMMANDS = ("demo", "generate", "plan", "profile", "eval")
+COMMANDS = ("demo", "generate", "read", "ask", "plan", "profile", "eval")
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

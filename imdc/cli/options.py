@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from imdc.config import CHOICES, PrefillConfig, resolve_config
+from imdc.config import CHOICES, PER_STEP, PrefillConfig, preset_options, resolve_config
 from imdc.errors import ConfigError
 from imdc.units import parse_bytes, parse_tokens
 
@@ -42,7 +42,8 @@ def config_from(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
     Raises:
         ConfigError: the values do not work together.
     """
-    return resolve_config(None, **{**(defaults or {}), **given_options(args)})
+    given = given_options(args)
+    return resolve_config(None, **{**(defaults or {}), **preset_options(given), **given})
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,10 +66,12 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
     annotation = str(field.type)
     if field.name == "memory_limit":
         return _guarded(_bytes_or_share)
+    if field.name == "recall_limit":
+        return _guarded(parse_bytes)
     if field.name in CHOICES:
         return str
     if "float" in annotation:
-        return _guarded(_share_or_tokens)
+        return _guarded(lambda text: text if text == PER_STEP else _share_or_tokens(text))
     if "str" in annotation:
         return _guarded(lambda text: text if text == "auto" else parse_tokens(text))
     if field.name.endswith("_tokens"):

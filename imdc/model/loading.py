@@ -171,7 +171,7 @@ def _write_dequantised(path: Path, folder: Path) -> None:
 def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with the special tokens its metadata names.
 
-    transformers 5.6 takes the token that begins a text for the one that ends it (5.23 no longer does), so the special
+    transformers 5.17 takes the token that begins a text for the one that ends it (5.23 no longer does), so the special
     tokens of a byte-level BPE vocabulary are set from the file itself.
     """
     from gguf import GGUFReader

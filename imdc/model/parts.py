@@ -58,7 +58,7 @@ class Parts:
             )
         config: Any = decoder.config
         if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
-            # transformers 5.6 drops the cap there without a word, 5.23 raises at the first token.
+            # transformers 5.17 drops the cap there without a word, 5.23 raises at the first token.
             raise UnsupportedModelError(
                 "attn_implementation='sdpa' cannot cap logits as this model does; load it with "
                 "attn_implementation='eager'"

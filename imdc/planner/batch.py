@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from imdc.config import TAIL_BLOCK, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.shape import ModelShape
+from imdc.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,18 @@ class Kept:
         shape = self.shape
         most = max(self.full if shape.full_layers else 0, self.sliding if shape.sliding_layers else 0)
         return shape.kv_bytes_per_token * most
+
+
+def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
+    """Bytes of host memory for all pairs of the texts in the layers that are compressed; 0 without recall."""
+    pair = shape.full_layers * shape.kv_bytes_per_token
+    return 0 if config.recall == "none" else batch.rows * batch.prompt_tokens * pair
+
+
+def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> list[str]:
+    """What a plan says of host memory; nothing without recall."""
+    stored = host_bytes(shape, batch, config)
+    return [f"note: questions take back what each needs from {format_bytes(stored)} of host memory"] if stored else []
 
 
 def waiting_bytes(shape: ModelShape, batch: Batch, kept: Kept) -> int:

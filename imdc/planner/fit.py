@@ -195,5 +195,5 @@ def with_chunk(config: PrefillConfig, chunk_tokens: int) -> PrefillConfig:
 def with_memory(config: PrefillConfig, memory_tokens: int) -> PrefillConfig:
     """`config` with another memory; an `initial_memory` in tokens is capped to it."""
     start = config.initial_memory
-    capped = start if isinstance(start, float) else min(start, memory_tokens)
+    capped = min(start, memory_tokens) if isinstance(start, int) else start
     return replace(config, memory_tokens=memory_tokens, initial_memory=capped)

@@ -114,6 +114,9 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     tables = work.rows * (per_key * (4 if shape.float_rotary else shape.dtype_bytes) + 16)
     if work.compact:
         tables += work.keys * per_key * shape.dtype_bytes
+    if work.config.recall != "none" and work.backend in ("triton", "flash"):
+        # A chunk's pairs are alive until they are copied to the host, while the next layer begins.
+        tables += work.step.chunk_tokens * shape.kv_bytes_per_token
     stored = sum(layers.count * max(layers.before, layers.after) for layers in kinds)
     pair = shape.kv_bytes_per_token
     memory, phase = max(

@@ -30,15 +30,13 @@ from imdc.kernels.limits import (
     attention_rows,
     compression_in_one_launch,
     fused_step_fits,
+    rows_per_block,
     step_in_one_launch,
 )
 from imdc.model.backend_rule import ANY_MACHINE, KERNELS, Machine
 from imdc.model.shape import ModelShape
-from imdc.observers import find_observer
+from imdc.observers import Questions, find_observer
 from imdc.schedule import Step, observing_rows
-
-# Elements of one float32 score block of the reference kernels (imdc.kernels.reference).
-_SCORE_BLOCK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,10 @@ class Work:
     @property
     def in_one_call(self) -> bool:
         """Whether one call of the backend attends, scores and selects."""
-        return self.backend in KERNELS and self.observing_rows > 0 and find_observer(self.config.observer).is_mass
+        observer = find_observer(self.config.observer)
+        # Several questions attend one after another, see `imdc.prefill.step`.
+        apart = isinstance(observer, Questions) and len(observer.questions) > 1
+        return self.backend in KERNELS and self.observing_rows > 0 and observer.is_mass and not apart
 
 
 def phases(work: Work, layers: Layers) -> Iterator[Phase]:
@@ -278,6 +279,6 @@ def _float_copy(shape: ModelShape, keys: int) -> int:
 def _score_blocks(shape: ModelShape, rows: int, keys: int) -> int:
     """Bytes of the reference kernels' score blocks: one is alive while the next is computed, under two masks."""
     group = shape.q_heads // shape.kv_heads
-    block = min(rows, max(1, _SCORE_BLOCK // (group * keys)))
+    block = rows_per_block(rows, group * keys)
     count = (1 if block == rows and shape.kv_heads == 1 else 2) + shape.softcap
     return block * keys * (4 * group * count + 2)

@@ -10,11 +10,12 @@ from imdc.config import PrefillConfig, resolve_config
 from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
-from imdc.planner.batch import Batch, Kept
+from imdc.planner.batch import Batch, Kept, host_bytes, host_notes
 from imdc.planner.fit import execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
 from imdc.positions import fitted, misfit, widest_step
+from imdc.report import OfStep
 from imdc.schedule import Step, tail_rows
 from imdc.units import format_bytes, format_tokens
 
@@ -24,36 +25,11 @@ _SHOWN_STEPS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedStep:
+class PlannedStep(OfStep):
     """One step of a plan, and the predicted footprint."""
 
     step: Step
     footprint: StepFootprint
-
-    @property
-    def index(self) -> int:
-        """Number of the step."""
-        return self.step.index
-
-    @property
-    def start(self) -> int:
-        """First prompt token read."""
-        return self.step.start
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Prompt tokens read."""
-        return self.step.chunk_tokens
-
-    @property
-    def memory_before(self) -> int:
-        """KV pairs that they are read against."""
-        return self.step.memory_before
-
-    @property
-    def memory_after(self) -> int:
-        """KV pairs kept."""
-        return self.step.memory_after
 
     @property
     def predicted_bytes(self) -> int:
@@ -134,6 +110,7 @@ class Plan:
             "weight_bytes": self.shape.weights,
             "peak_bytes": self.peak_bytes,
             "memory_bytes": self.memory_bytes,
+            "host_bytes": host_bytes(self.shape, self.batch, self.config),
             "unpatched_peak_bytes": self.unpatched.total_bytes,
             "flops": self.flops,
             "notes": self.notes(),
@@ -153,10 +130,9 @@ class Plan:
         """One line: model, prompt and schedule."""
         config, shape = self.config, self.shape
         memory = "all" if config.schedule == "full" else format_tokens(config.memory_tokens)
-        prompts = f"{self.batch.rows} rows of " if self.batch.rows > 1 else ""
-        prompts += format_tokens(self.prompt_tokens)
+        rows, tokens = f"{self.batch.rows} rows of " if self.batch.rows > 1 else "", format_tokens(self.prompt_tokens)
         return (
-            f"{shape.family}, {shape.layers} layers, {shape.dtype}: {prompts} tokens by "
+            f"{shape.family}, {shape.layers} layers, {shape.dtype}: {rows}{tokens} tokens by "
             f"{config.schedule!r} in {len(self.steps)} step{'s' * (len(self.steps) > 1)}, memory {memory}, "
             f"mean chunk {format_tokens(round(self.prompt_tokens / len(self.steps)))}"
         )
@@ -178,7 +154,7 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know of this model; often nothing."""
-        shape, notes = self.shape, []
+        shape, notes = self.shape, host_notes(self.shape, self.batch, self.config)
         if shape.family not in FAMILIES:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]

@@ -72,11 +72,11 @@ class Boundary:
             ImdcError: the call did not bring the cache to the model; its result is dropped.
         """
         request = GenerateRequest.of(self._parts.model, args, kwargs)
-        self._check_mode()
+        self.check_mode()
         check_generate(request)
         check_prompt_learning(self._parts.model)
         self._check_guidance(request)
-        cache = self.new_cache() if request.cache is None else self._checked(request.cache)
+        cache = self.new_cache() if request.cache is None else self.checked(request.cache)
         turn = self._turn(request, cache)
         self._warn_of_assistant(request)
         if request.input_ids is not None and not turn.drafting:
@@ -114,12 +114,14 @@ class Boundary:
             turn.columns = request.columns if turn.assisted else None
         return turn
 
-    def _check_mode(self) -> None:
+    def check_mode(self) -> None:
+        """Refuse training mode."""
         parts = self._parts
         if any(module.training for module in (parts.model, parts.decoder, *parts.decoder.layers)):
             raise UnsupportedCallError("the model is in training mode; call model.eval() before generating")
 
-    def _checked(self, cache: Any) -> ImdcCache:
+    def checked(self, cache: Any) -> ImdcCache:
+        """`cache`, if it is one of this model."""
         if not isinstance(cache, ImdcCache):
             raise UnsupportedCallError(
                 f"{self._cache_name} is a {type(cache).__name__}; pass the cache a patched generate() returned, or none"
@@ -168,10 +170,10 @@ class Boundary:
         if not found:
             self._check_bounded(named)
             return self._own_forward(*args, **kwargs)
-        cache = self._checked(named.pop(found[0]))
+        cache = self.checked(named.pop(found[0]))
         for name in hf.CACHE_NAMES:
             named.pop(name, None)
-        self._check_mode()
+        self.check_mode()
         self._check_arguments(named)
         turn = cache.turn
         if turn is not None:

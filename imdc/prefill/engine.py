@@ -24,6 +24,7 @@ from imdc.prefill.backends import Backend, choose
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
+from imdc.prefill.recall import check_recall
 from imdc.prefill.turn import RowTurn, TurnPlanner, row_turn
 from imdc.report import PrefillReport
 
@@ -69,6 +70,10 @@ class Engine:
             UnsupportedCallError: an empty prompt, or positions beyond the model's window.
             ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
+        if cache.is_branch and not self.compresses and self.config.schedule != "full":
+            whole = replace(self, config=replace(self.config, schedule="full"))
+            return whole.prefill(cache, input_ids, attention_mask, logits_to_keep=logits_to_keep, **forward_options)
+        check_recall(self.config, cache)
         began = time.perf_counter()
         prompts = self._prompts(cache, input_ids, attention_mask)
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
@@ -102,6 +107,7 @@ class Engine:
             restarts += 1
         # Its workspace would raise the peak of stacking the rows.
         reports = tuple(reader.reports)
+        recalled, recall_seconds = reader.recalled_bytes, reader.recall_seconds
         del reader
         rows = [turn.row for turn in turns]
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
@@ -118,6 +124,9 @@ class Engine:
             seconds=time.perf_counter() - began,
             steps=reports,
             restarts=restarts,
+            host_bytes=0 if cache.store is None else cache.store.nbytes(),
+            recalled_bytes=recalled,
+            recall_seconds=recall_seconds,
         )
         return output, report
 
@@ -176,6 +185,12 @@ class Engine:
         if self.compresses:
             return planner.again(cache.take_row(number), prompt)
         turn = row_turn(planner, cache, prompt, number, anew)
+        if cache.store is not None and not cache.is_empty and len(turn.steps) > 1:
+            raise UnsupportedCallError(
+                f"a question of {turn.ids.numel()} tokens takes {len(turn.steps)} chunks, and pairs are taken back for "
+                f"one; raise chunk_tokens={self.config.chunk_tokens}"
+            )
+        turn.store = cache.store
         turn.row.question = turn.ids[-self.config.observation_tokens :].cpu()
         return turn
 
@@ -203,7 +218,7 @@ class Engine:
 
     def _fitting_chunk(self, batch: Batch, backend: Backend, device: torch.device) -> int:
         shape = ModelShape.from_model(self.parts.model)
-        free = _free_bytes(device) if isinstance(self.config.memory_limit, float) else None
+        free = free_bytes(device) if isinstance(self.config.memory_limit, float) else None
         limit = limit_bytes(self.config, None if free is None else free + shape.weights + batch.stored_bytes)
         config = replace(self.config, backend=backend.name)
         return fit_chunk(shape, batch, config, limit, device=device.type)
@@ -211,7 +226,7 @@ class Engine:
     def _smaller_chunk(self, chunk: int, batch: Batch, backend: Backend, device: torch.device) -> int:
         """The mean chunk to begin again with after running out of memory."""
         shape = ModelShape.from_model(self.parts.model)
-        free = _free_bytes(device)
+        free = free_bytes(device)
         limit = None if free is None else free + shape.weights + batch.stored_bytes
         config = replace(self.config, backend=backend.name)
         smaller = smaller_chunk(shape, batch, config, chunk, limit, device=device.type)
@@ -223,7 +238,7 @@ class Engine:
         return smaller
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """What the device has free for a prefill; None where the system does not tell."""
     if device.type != "cpu":
         module = torch.get_device_module(device)

@@ -74,4 +74,5 @@ class Observation:
             scored_keys=self.scored_keys,
             softcap=self.softcap,
             pool_kernel=self.config.pool_kernel,
+            pooling=self.config.pooling,
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from imdc.cache.cache import ImdcCache
@@ -17,6 +19,7 @@ from imdc.model.parts import Parts
 from imdc.prefill import hook
 from imdc.prefill.boundary import Boundary
 from imdc.prefill.engine import Engine
+from imdc.prefill.questions import DEFAULT_ROOM, question_batch, question_request, read_document, with_questions
 from imdc.prefill.reader import OnStep
 from imdc.prefill.requests import refuse_continuous_batching
 from imdc.report import PrefillReport
@@ -153,6 +156,68 @@ class PatchHandle:
         token decodes. (The argument is called `cache` in transformers 5.24.)
         """
         return self._boundary.new_cache()
+
+    def read(
+        self, input_ids: Tensor, questions: Sequence[Tensor] | None = None, *, room: int = DEFAULT_ROOM
+    ) -> ImdcCache:
+        """Read a document without generating, to `ask` it any number of questions.
+
+        Args:
+            input_ids: int64 [1, N], the document, with the chat template's beginning where there is one.
+            questions: int64 [1, n] each, what will be asked, or examples of it, as `ask` will be given them: they
+                decide what is retained in the place of the document's last tokens.
+            room: tokens of a question and its answer; where the document and these pass the model's window, its memory
+                gets compact positions.
+
+        Returns:
+            Its cache, for `ask` and `imdc.save_cache`. `report` says what it took.
+
+        Raises:
+            UnsupportedCallError: several documents, questions that the observer has no use for, or the patch was taken
+                back.
+        """
+        self._check_active("read")
+        self._boundary.check_mode()
+        cache = self.new_cache()
+        engine = replace(self._engine, config=with_questions(self.config, questions))
+        self._boundary.report = read_document(engine, cache, input_ids, room)
+        return cache
+
+    def ask(
+        self,
+        cache: ImdcCache,
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        **generate_options: Any,
+    ) -> Tensor:
+        """Ask about the document in `cache`, which stays as it is: twenty questions are twenty calls, or one.
+
+        Several questions at once are read one after another and answered together; each has a memory of its own then.
+
+        Args:
+            cache: of `read`, or of `imdc.load_cache`.
+            input_ids: int64 [n, q], what follows the document: n questions, with the chat template's end where there is
+                one; or a list of [1, q].
+            attention_mask: [n, q], 0 marks padding, on any side; None: there is none.
+            generate_options: of `generate()`, such as max_new_tokens.
+
+        Returns:
+            The generated ids alone, int64 [n, new], or [n * num_return_sequences, new].
+
+        Raises:
+            UnsupportedCallError: the cache holds no document, question and answer leave the model's window, or the
+                patch was taken back.
+            CacheMismatchError: another model read the document.
+        """
+        self._check_active("ask")
+        ids, mask = question_batch(input_ids, attention_mask)
+        request = question_request(self._engine, self._boundary.checked(cache), ids, mask, generate_options)
+        answer: Tensor = self._boundary.generate(**request)[:, ids.shape[1] :]
+        return answer
+
+    def _check_active(self, name: str) -> None:
+        if not self._active:
+            raise UnsupportedCallError(f"{name}() of a handle whose patch was taken back; call imdc.patch(model) again")
 
     @property
     def backend(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imdc.cache.rows import Row
+from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.kernels.reference import rotate
 from imdc.model import hf
@@ -17,6 +18,7 @@ from imdc.model.parts import Parts
 from imdc.observers import find_observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
+from imdc.prefill.recall import Recall
 from imdc.prefill.renumber import moved
 from imdc.prefill.step import StepRun, Workspace
 from imdc.prefill.turn import RowTurn
@@ -55,19 +57,24 @@ class Reader:
         self.workspace = Workspace()
         self.observer = find_observer(config.observer)
         self.reports: list[StepReport] = []
-        self.finished_bytes = 0
+        self.finished_bytes = self.recalled_bytes = 0
+        self.recall_seconds = 0.0
 
     def read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
         """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
         row, steps, tokens = turn.row, turn.steps, ids.numel()
-        in_place = row.compact and row.tokens > 0 and len(steps) == 1
+        fresh = row.tokens == 0
+        in_place = row.compact and not fresh and len(steps) == 1 and turn.store is None
         if row.compact and row.tokens and not in_place:
             self._turn(row, row.position, back=True)
+        recall = None
+        if turn.store is not None and not fresh:
+            recall = Recall(turn.store, self.parts, turn.config, self.backend, row.compact)
         output: Any = None
         logits: list[Tensor] = []
         for step, tail in zip(steps, turn.tails, strict=True):
             began = time.perf_counter()
-            run = self._run(turn, step, tokens, tail, in_place)
+            run = self._run(turn, step, tokens, tail, in_place, turn.store if fresh else None, recall)
             chunk = ids[step.start : step.start + step.chunk_tokens]
             if tail:
                 chunk = torch.cat((chunk, turn.tail_ids[-tail:].to(chunk.device)))
@@ -81,24 +88,41 @@ class Reader:
             self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
         if row.compact and not in_place:
             self._turn(row, row.position)
+        if turn.store is not None and fresh:
+            turn.store.finish()
+        if recall is not None:
+            self.recalled_bytes += recall.moved_bytes
+            self.recall_seconds += recall.seconds
         self.finished_bytes += row.nbytes()
         output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output
 
-    def _run(self, turn: RowTurn, step: Step, prompt_tokens: int, tail: int, in_place: bool) -> StepRun:
+    def _run(
+        self,
+        turn: RowTurn,
+        step: Step,
+        prompt_tokens: int,
+        tail: int,
+        in_place: bool,
+        store: HostStore | None,
+        recall: Recall | None,
+    ) -> StepRun:
         row = turn.row
         return StepRun(
             self.parts,
             row,
             step,
             tail_rows=tail,
-            tail_gap=self._tail_gap(row, step, prompt_tokens, tail),
+            tail_gap=self._tail_gap(turn, step, prompt_tokens, tail),
+            questions=turn.questions if tail else (),
             config=turn.config,
             backend=self.backend,
             observer=self.observer,
             workspace=self.workspace,
             compact=row.compact,
             rotated=in_place,
+            store=store,
+            recall=recall,
         )
 
     def _step(self, run: StepRun, chunk: Tensor, *, wanted: int, options: dict[str, Any]) -> Any:
@@ -112,7 +136,7 @@ class Reader:
             positions = torch.zeros_like(chunk)
         else:
             positions = torch.arange(start, start + chunk.numel(), device=chunk.device)
-            positions[chunk.numel() - tail :] += run.tail_gap
+            positions[chunk.numel() - tail :] = run.tail_positions(start + chunk.numel() - tail, chunk.device)
         inputs = {
             "input_ids": chunk[None],
             "position_ids": positions[None],
@@ -127,7 +151,7 @@ class Reader:
             rows: Any = torch.arange(end - wanted, end, device=chunk.device) if tail else wanted
             return self.forward(**{**options, **inputs, "logits_to_keep": rows, "return_dict": True})
 
-    def _tail_gap(self, row: Row, step: Step, prompt_tokens: int, tail: int) -> int:
+    def _tail_gap(self, turn: RowTurn, step: Step, prompt_tokens: int, tail: int) -> int:
         """Positions between the chunk and the tail rows that ride along: those of the tokens not read yet.
 
         Right behind the chunk, the tail would attend mostly to its last tokens, as text does to what precedes it, and
@@ -136,10 +160,12 @@ class Reader:
         """
         if any(window is not None for window in self.parts.windows):
             return 0
-        unread = max(0, prompt_tokens - tail - step.start - step.chunk_tokens)
-        if not row.compact:
+        # The prompt's tail is a part of what is unread, questions follow it.
+        unread = max(0, prompt_tokens - (0 if turn.questions else tail) - step.start - step.chunk_tokens)
+        if not turn.row.compact:
             return unread
-        return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - tail)
+        span = max(turn.questions, default=tail)
+        return min(unread, self.parts.trained_window - step.memory_before - step.chunk_tokens - span)
 
     def _turn(self, row: Row, end: int, *, back: bool = False) -> None:
         """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""

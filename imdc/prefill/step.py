@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from imdc.cache.rows import Row
+from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.model.parts import Parts
 from imdc.observers import Observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.observation import Observation
+from imdc.prefill.recall import Recall
 from imdc.prefill.renumber import Tables, moved
 from imdc.schedule import Step, observing_rows
 
@@ -64,12 +66,20 @@ class StepRun:
         workspace: Workspace,
         compact: bool,
         rotated: bool = False,
+        questions: tuple[int, ...] = (),
+        store: HostStore | None = None,
+        recall: Recall | None = None,
     ) -> None:
-        """`row` is read and replaced layer by layer; the rest stays as it is. `rotated`: its keys come and stay so."""
+        """`row` is read and replaced layer by layer; the rest stays as it is. `rotated`: its keys come and stay so.
+
+        `questions` are the lengths of those that the tail rows are; empty where all of them follow the text together.
+        All pairs that are read go to `store`; the row's are exchanged for those that `recall` takes back.
+        """
         self.parts, self.row, self.step = parts, row, step
         self.tail_rows, self.tail_gap = tail_rows, tail_gap
         self.config, self.backend, self.observer = config, backend, observer
         self.workspace, self.compact, self.rotated = workspace, compact, rotated
+        self.questions, self.store, self.recall = questions, store, recall
         self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
         # Layers whose attention call came; see `imdc.prefill.hook.running`.
         self.reached: set[int] = set()
@@ -86,6 +96,13 @@ class StepRun:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""
         window = self.parts.windows[layer]
         stored = self.row.stored(layer)
+        if self.store is not None and window is None:
+            chunk = self.step.chunk_tokens
+            self.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
+        if self.recall is not None and window is None and stored < self.recall.store.tokens:
+            self.row.keys[layer], self.row.values[layer] = self.recall.take(
+                layer, q, k, keep=stored, scale=scale, softcap=softcap
+            )
         keys, values = self.workspace.take(k, stored + k.shape[2])
         for buffer, memories, states in ((keys, self.row.keys, k), (values, self.row.values, v)):
             memory = memories[layer]
@@ -107,7 +124,9 @@ class StepRun:
             q = self.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
         drops = window is None and self.step.memory_after < candidates
-        if drops and self._votes is not None and self.observer.is_mass and self.backend.compress_step is not None:
+        fused = self.observer.is_mass and self.backend.compress_step is not None and len(self.questions) < 2
+        if drops and self._votes is not None and fused:
+            assert self.backend.compress_step is not None
             out, kept_k, kept_v, chosen = self.backend.compress_step(
                 q,
                 turned,
@@ -120,17 +139,23 @@ class StepRun:
                 sink_tokens=self.config.sink_tokens,
                 recent_tokens=self.config.recent_tokens,
                 pool_kernel=self.config.pool_kernel,
+                pooling=self.config.pooling,
                 softcap=softcap,
                 kept_k=keys,
             )
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
             self._count_retained(layer, chosen, stored)
             return out
-        out, lse = self.backend.chunk_attention(q, turned, values, scale=scale, softcap=softcap, window=window)
-        seen = self._observation(layer, q, turned, values, lse, scale, softcap)
-        scores = self.observer.score(seen) if drops else None
+        options = {"scale": scale, "softcap": softcap}
+        if len(self.questions) > 1:
+            out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
+        else:
+            out, lse = self.backend.chunk_attention(q, turned, values, window=window, **options)
+            seen = self._observation(layer, q, turned, values, lse, self.step.chunk_tokens, self.tail_rows, options)
+            scores = self.observer.score(seen) if drops else None
+            del lse, seen
         # Rotated copies have served, and a step's peak may lie in what follows.
-        del q, turned, lse, seen
+        del q, turned
         if scores is not None:
             chosen = self.backend.select(
                 scores,
@@ -181,23 +206,68 @@ class StepRun:
             for layer, window in enumerate(self.parts.windows)
         )
 
+    def _attend_apart(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        drops: bool,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the chunk, then of each question as if it alone followed; the scores are the highest of any.
+
+        One call for the chunk and one for each question: no kernel masks the questions from each other. The slots of
+        `k` and `v` after the candidates, where the questions are, are written to.
+        """
+        chunk, candidates = self.step.chunk_tokens, k.shape[2] - self.tail_rows
+        attend, first, scores = self.backend.chunk_attention, 0, None
+        outputs = [attend(q[:, :, :chunk], k[:, :, :candidates], v[:, :, :candidates], window=window, **options)[0]]
+        for rows in self.questions:
+            end = candidates + rows
+            if first:
+                for states in (k, v):
+                    states[:, :, candidates:end] = states[:, :, candidates + first : end + first].clone()
+            asked = q[:, :, chunk + first : chunk + first + rows]
+            out, lse = attend(asked, k[:, :, :end], v[:, :, :end], window=window, **options)
+            outputs.append(out)
+            if drops:
+                seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], lse, 0, rows, options)
+                found = self.observer.score(seen)
+                scores = found if scores is None else torch.maximum(scores, found)
+            first += rows
+        return torch.cat(outputs, dim=2), scores
+
     def _observation(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, softcap: float | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        chunk_tokens: int,
+        tail_rows: int,
+        options: dict[str, Any],
     ) -> Observation:
         return Observation(
             q=q,
             k=k,
             v=v,
             lse=lse,
-            scale=scale,
-            softcap=softcap,
-            chunk_tokens=self.step.chunk_tokens,
-            tail_rows=self.tail_rows,
+            **options,
+            chunk_tokens=chunk_tokens,
+            tail_rows=tail_rows,
             layer=layer,
             step=self.step.index,
             config=self.config,
             backend=self.backend,
         )
+
+    def tail_positions(self, first: int, device: torch.device) -> Tensor:
+        """Positions int64 [tail_rows] of the tail rows, where the chunk ends before position `first`."""
+        lengths = self.questions or (self.tail_rows,)
+        return first + self.tail_gap + torch.cat([torch.arange(length, device=device) for length in lengths])
 
     def _rotary(self, layer: int, stored: int, keys: Tensor) -> tuple[Tensor, Tensor] | None:
         """Tables of all keys of the workspace: the chunk starts at the position after the full layers' memory.
@@ -212,6 +282,7 @@ class StepRun:
             first = self.step.memory_before - stored
             positions = torch.arange(first, first + keys.shape[2], device=keys.device)
             if self.tail_rows:
-                positions[-self.tail_rows :] += self.tail_gap
+                end = first + keys.shape[2] - self.tail_rows
+                positions[-self.tail_rows :] = self.tail_positions(end, keys.device)
             self._tables[name] = parts.rotary(layer, positions, keys.dtype)
         return self._tables[name]

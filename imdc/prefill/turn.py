@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imdc.cache.cache import ImdcCache
 from imdc.cache.rows import Row
+from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model.parts import Parts
@@ -37,6 +38,8 @@ class RowTurn:
         ids: int64 [n], what is read.
         tails: rows that ride along with each step.
         tail_ids: int64 [n]; the last of them are those rows.
+        questions: lengths of the questions that those rows are, one after another; empty for a single one.
+        store: where all pairs that are read go, or from which a question takes them back.
     """
 
     row: Row
@@ -45,6 +48,14 @@ class RowTurn:
     steps: tuple[Step, ...]
     tails: list[int]
     tail_ids: Tensor
+    questions: tuple[int, ...] = ()
+    store: HostStore | None = None
+
+    @property
+    def tail_spans(self) -> list[int]:
+        """Positions that the rows of each step take: questions take the same ones, as each follows the text alone."""
+        longest = max(self.questions, default=None)
+        return [tail if longest is None else min(tail, longest) for tail in self.tails]
 
 
 @dataclass(slots=True)
@@ -135,7 +146,7 @@ class TurnPlanner:
             room = window - row.position - 1
             if row.compact or (self.parts.rope_type == "longrope" and room >= 0):
                 rows = max(0, min(rows, room))
-            turn.tails, turn.tail_ids = [rows], question.to(token.device)
+            turn.tails, turn.tail_ids, turn.questions = [rows], question.to(token.device), ()
         return turn
 
     def _planned(
@@ -147,13 +158,20 @@ class TurnPlanner:
         stored = row.stored(full[0]) if full else 0
         shape = ModelShape.from_model(self.parts.model) if config.levels_bytes else None
         steps = balanced_steps(shape, prompt.numel(), config, stored_tokens=stored, chunk_tokens=self.chunk)
-        return RowTurn(row, prompt, config, steps, tail_rows(steps, config, full_layers=len(full)), prompt)
+        turn = RowTurn(row, prompt, config, steps, tail_rows(steps, config, full_layers=len(full)), prompt)
+        asked = find_observer(config.observer).questions
+        if asked:
+            turn.tail_ids, turn.questions = (
+                torch.tensor([token for one in asked for token in one]),
+                tuple(map(len, asked)),
+            )
+        return turn
 
     def _misfit(self, turn: RowTurn) -> str | None:
         return misfit(
             turn.config,
             self.parts.trained_window,
-            widest=widest_step(turn.steps, turn.tails),
+            widest=widest_step(turn.steps, turn.tail_spans),
             left=turn.steps[-1].memory_after,
             new_tokens=self.new_tokens,
         )
@@ -195,7 +213,7 @@ def step_ends(parts: Parts, turn: RowTurn) -> list[int]:
     tokens = sum(step.chunk_tokens for step in turn.steps)
     return [
         tokens if tail and not any(parts.windows) else step.start + step.chunk_tokens + tail
-        for step, tail in zip(turn.steps, turn.tails, strict=True)
+        for step, tail in zip(turn.steps, turn.tail_spans, strict=True)
     ]
 
 

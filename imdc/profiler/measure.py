@@ -35,12 +35,12 @@ from imdc.profiler.allocations import (
     resident_bytes,
     return_free_heap,
 )
-from imdc.report import StepReport
+from imdc.report import OfStep, StepReport
 from imdc.schedule import Step
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredStep:
+class MeasuredStep(OfStep):
     """One step: what was read and kept, and the bytes above those before the prefill.
 
     Attributes:

@@ -1,8 +1,3 @@
-"""The script of the report page (`imdc.cli.report_page`): plain JavaScript, run in the page itself."""
-
-from __future__ import annotations
-
-SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
@@ -203,4 +198,3 @@ if (data.predicted_savings.length)
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => heats(data.prefills[shown].steps));
 addEventListener("resize", () => show(shown));
 show(0);
-"""

@@ -1,0 +1,175 @@
+"""Take back from host memory what a question needs: the pairs of the whole text that its own queries attend to most.
+
+For one layer, with queries q_r (r = 0..n-1) of a question of n tokens, keys k_j of the text (j = 0..N-1) and of the
+question itself, and p the softmax over all of these that r may see:
+
+    mass_j = mean over r and over the query heads of a KV group of p_rj
+
+As in `imdc.kernels.reference.key_mass`, and as for every chunk that is read: pooled over neighbours, the best are
+retained. The difference is that nothing was evicted from these N. Keys come from host memory in blocks; of the
+logits, float32 [Hq, n, N], as much is held as `_HELD_BYTES` says, and the rest is computed a second time.
+
+Compact positions number less than N keys, so for scoring alone neighbours share a position, in the manner of SelfExtend
+(arXiv 2401.01325): key j is at floor(j * S / N) and the question begins at S, with as many positions S as the model's
+window has besides the question. What is taken back is numbered 0..m-1 as any memory is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from imdc.cache.cache import ImdcCache
+from imdc.cache.store import HostStore
+from imdc.config import PrefillConfig
+from imdc.errors import ConfigError, UnsupportedCallError
+from imdc.kernels.reference import pool, rotate
+from imdc.model.parts import Parts
+from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch, host_bytes
+from imdc.prefill.backends import Backend
+from imdc.units import format_bytes
+
+_BLOCK_TOKENS = 4096
+_HELD_BYTES = 64 * 2**20
+
+
+@dataclass(slots=True)
+class Recall:
+    """What a question takes back from `store`, layer by layer; one object for all layers.
+
+    Attributes:
+        moved_bytes: bytes of keys and values that were read from the store so far.
+        seconds: wall-clock time that this took, scores and selection included.
+    """
+
+    store: HostStore
+    parts: Parts
+    config: PrefillConfig
+    backend: Backend
+    compact: bool
+    moved_bytes: int = 0
+    seconds: float = 0.0
+
+    def take(
+        self, layer: int, q: Tensor, own_k: Tensor, *, keep: int, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """The `keep` best pairs of the text for the question, on its device.
+
+        Args:
+            layer: number of a full-attention layer.
+            q: queries of the question [1, Hq, n, D]; rotated as the stored keys are.
+            own_k: its keys [1, Hkv, n, D], rotated as `q`.
+            keep: pairs to take per KV head, fewer than there are.
+            scale: factor on the logits.
+            softcap: cap of the logits, or None.
+
+        Returns:
+            Keys and values [1, Hkv, keep, D], in the order of the text.
+        """
+        began = time.perf_counter()
+        places: Tensor = self.backend.select(
+            self._scores(layer, q, own_k, scale, softcap),
+            keep,
+            sink_tokens=self.config.sink_tokens,
+            recent_tokens=self.config.recent_tokens,
+        )
+        index = places.to("cpu").transpose(1, 2)[..., None].expand(-1, -1, -1, own_k.shape[3])
+        keys, values = (side[layer].gather(1, index) for side in (self.store.keys, self.store.values))
+        self.moved_bytes += keys.nbytes + values.nbytes
+        keys, values = (x.to(q.device).transpose(1, 2).contiguous() for x in (keys, values))
+        self.seconds += time.perf_counter() - began
+        return keys, values
+
+    def _scores(self, layer: int, q: Tensor, own_k: Tensor, scale: float, softcap: float | None) -> Tensor:
+        kv_heads, rows = own_k.shape[1], q.shape[2]
+        span = min(self.store.tokens, self.parts.trained_window - rows)
+        if self.compact:
+            q, own_k = (self._turned(layer, x, torch.arange(span, span + rows, device=q.device)) for x in (q, own_k))
+        # [Hkv, group * n, D]: one matrix product per KV head and block.
+        asking = rearrange(q[0].float(), "(h g) n d -> h (g n) d", h=kv_heads)
+        future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+        own = _logits(asking, own_k[0], scale, softcap)
+        own = own.view(*own.shape[:1], -1, rows, rows).masked_fill(future, float("-inf")).view(own.shape)
+        lse = own.logsumexp(dim=-1)
+        held: list[Tensor] = []
+        for first in range(0, self.store.tokens, _BLOCK_TOKENS):
+            logits = self._block(layer, first, asking, span, scale, softcap)
+            lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
+            if len(held) * _BLOCK_TOKENS == first and (len(held) + 1) * logits.nbytes <= _HELD_BYTES:
+                held.append(logits)
+        mass = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
+        for number, first in enumerate(range(0, self.store.tokens, _BLOCK_TOKENS)):
+            logits = held[number] if number < len(held) else self._block(layer, first, asking, span, scale, softcap)
+            mass[:, first : first + logits.shape[-1]] = logits.sub_(lse[..., None]).exp_().mean(dim=1)
+        return pool(mass[None], self.config.pool_kernel)
+
+    def _block(self, layer: int, first: int, asking: Tensor, span: int, scale: float, softcap: float | None) -> Tensor:
+        """Logits float32 [Hkv, group * n, block] of the keys from `first` on."""
+        keys = self.store.keys[layer][:, first : first + _BLOCK_TOKENS]
+        self.moved_bytes += keys.nbytes
+        keys = keys.to(asking.device, non_blocking=True).transpose(1, 2)
+        if self.compact:
+            places = torch.arange(first, first + keys.shape[2], device=asking.device)
+            keys = self._turned(layer, keys, places * span // self.store.tokens)
+        return _logits(asking, keys[0], scale, softcap)
+
+    def _turned(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
+        tables: Any = self.parts.rotary(layer, positions, states.dtype)
+        return states if tables is None else rotate(states, *tables)
+
+
+def check_recall(config: PrefillConfig, cache: ImdcCache) -> None:
+    """Refuse turns that would leave a text and its store apart.
+
+    Raises:
+        UnsupportedCallError: a prompt of generate() with recall, or another turn over a document that has a store.
+    """
+    if cache.is_empty and config.recall != "none" and cache.store is None:
+        raise UnsupportedCallError(
+            f"recall={config.recall!r} is for handle.read() and handle.ask(); leave it out for generate() and forward()"
+        )
+    if cache.store is not None and not cache.is_empty and not cache.is_branch:
+        raise UnsupportedCallError(
+            "the cache belongs to a document in host memory, to which nothing can be added; ask it with handle.ask()"
+        )
+
+
+def host_store(parts: Parts, config: PrefillConfig, tokens: int, available: int | None) -> HostStore | None:
+    """An empty store for a text of `tokens`, where the config asks for one and a model has layers to compress.
+
+    Args:
+        parts: of the model.
+        config: the options.
+        tokens: of the text.
+        available: bytes of host memory that are free, None where that is not known.
+
+    Raises:
+        ConfigError: it would take more than `recall_limit`, or than there is.
+    """
+    if config.recall == "none" or not parts.full_layers:
+        return None
+    shape = ModelShape.from_model(parts.model)
+    needed = host_bytes(shape, Batch(tokens), config)
+    if config.recall_limit is not None and needed > config.recall_limit:
+        raise ConfigError(
+            f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, more than "
+            f"recall_limit={config.recall_limit} bytes; raise it, read a shorter document, or leave recall out"
+        )
+    if config.recall_limit is None and available is not None and needed > available:
+        raise ConfigError(
+            f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, and only "
+            f"{format_bytes(available)} of host memory are available; read a shorter document, or leave recall out"
+        )
+    return HostStore(parts.full_layers, tokens)
+
+
+def _logits(asking: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """float32 [Hkv, rows, T] of queries [Hkv, rows, D] and keys [Hkv, T, D]."""
+    logits = torch.matmul(asking, keys.float().transpose(1, 2)).mul_(scale)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -1,0 +1,179 @@
+"""What was evicted is taken back from host memory when a question needs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from imdc.kernels.reference import key_mass, rotate
+from tiny_models import FAMILIES, build
+from torch import Tensor
+
+import imdc
+from imdc.cache.store import HostStore
+from imdc.config import PrefillConfig
+from imdc.errors import ConfigError, UnsupportedCallError
+from imdc.model.parts import Parts
+from imdc.model.shape import ModelShape
+from imdc.planner.batch import Batch
+from imdc.planner.fit import peak_bytes
+from imdc.prefill import recall
+from imdc.prefill.backends import REFERENCE
+from imdc.prefill.recall import Recall
+
+TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "recall": "host"}
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+def text(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_recall(tokens: int, compact: bool, softcap: bool = False) -> tuple[Recall, Tensor, Tensor]:
+    """A store of one layer with random pairs, and queries and keys of a question of 7 tokens."""
+    model = FAMILIES["llama"](max_position_embeddings=256)
+    generator = torch.Generator().manual_seed(1)
+    store = HostStore([0], tokens)
+    keys, values = (torch.randn(1, 2, tokens, 16, generator=generator) for _ in range(2))
+    for start in range(0, tokens, 50):
+        store.write(0, start, keys[:, :, start : start + 50], values[:, :, start : start + 50])
+    config = PrefillConfig(sink_tokens=2, recent_tokens=4, memory_tokens=20, pool_kernel=3, recall="host")
+    q, own = torch.randn(1, 4, 7, 16, generator=generator), torch.randn(1, 2, 7, 16, generator=generator)
+    return Recall(store, Parts.of(model), config, REFERENCE, compact), q, own
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("block", "held"), [(4096, 2**26), (64, 2**26), (64, 0), (64, 3 * 64 * 4 * 4 * 7)])
+def test_what_is_taken_back_has_the_most_mass(
+    compact: bool, softcap: float | None, block: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "_BLOCK_TOKENS", block)
+    monkeypatch.setattr(recall, "_HELD_BYTES", held)
+    tokens = 300
+    one, q, own = random_recall(tokens, compact)
+    keys, values = one.take(0, q, own, keep=20, scale=0.4, softcap=softcap)
+
+    asked, all_keys = q, torch.cat((one.store.keys[0].transpose(1, 2), own), dim=2)
+    if compact:
+        # The window of 256 positions less the question; 300 keys share what is left of them.
+        span = 256 - 7
+        places = torch.cat((torch.arange(tokens) * span // tokens, torch.arange(span, span + 7)))
+        tables = one.parts.rotary(0, places, torch.float32)
+        assert tables is not None
+        all_keys = rotate(all_keys, *tables)
+        asked = rotate(q, *(table[-7:] for table in tables))
+    options: dict[str, Any] = {"scale": 0.4, "softcap": softcap}
+    _, lse = REFERENCE.chunk_attention(asked, all_keys, all_keys, **options)
+    mass = key_mass(asked, all_keys, lse, rows=7, scored_keys=tokens, pool_kernel=3, **options)
+    chosen = REFERENCE.select(mass, 20, sink_tokens=2, recent_tokens=4)
+    for got, stored in ((keys, one.store.keys[0]), (values, one.store.values[0])):
+        assert torch.equal(got, torch.stack([stored[0, chosen[0, head], head] for head in range(2)])[None])
+    assert one.moved_bytes >= one.store.keys[0].nbytes + keys.nbytes + values.nbytes
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3"])
+def test_recall_of_almost_everything_answers_as_full_attention(family: str) -> None:
+    """One chunk reads all, then one pair goes: the one that the question attends to least."""
+    model, document, question = FAMILIES[family](), text(100), text(9, 1)
+    options = {**TIGHT, "memory_tokens": 99, "chunk_tokens": 128, "positions": "original"}
+    with imdc.patch(model, **options, observer="random", backend="reference") as handle:
+        cache = handle.read(document)
+        assert cache.store is not None and cache.store.tokens == 100
+        answer = handle.ask(cache, question, **GREEDY)
+        assert handle.report is not None and handle.report.recalled_bytes > 0
+    wanted = model.generate(torch.cat((document, question), dim=1), **GREEDY)[:, 109:]
+    assert torch.equal(answer[:, :3], wanted[:, :3])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_store_holds_every_pair_as_it_was_computed(family: str) -> None:
+    model, document = FAMILIES[family](), text(100)
+    with imdc.patch(model, **{**TIGHT, "memory_tokens": 128}) as handle:
+        cache = handle.read(document)
+    assert cache.store is not None
+    for layer in Parts.of(model).full_layers:
+        assert torch.equal(cache.store.keys[layer].transpose(1, 2), cache.layers[layer].keys)
+        assert torch.equal(cache.store.values[layer].transpose(1, 2), cache.layers[layer].values)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_saved_questions_and_batches_recall_alike(positions: str, tmp_path: Path) -> None:
+    model = FAMILIES["gemma3"]()
+    questions = torch.cat([text(9, seed) for seed in (1, 2)])
+    with imdc.patch(model, **TIGHT, positions=positions) as handle:
+        cache = handle.read(text(300))
+        assert handle.report is not None and cache.store is not None
+        assert handle.report.host_bytes == cache.store.nbytes() == 300 * 2 * 2 * 16 * 4
+        imdc.save_cache(cache, tmp_path / "document")
+        alone = torch.cat([handle.ask(cache, one[None], **GREEDY) for one in questions])
+        moved = handle.report.recalled_bytes
+        assert torch.equal(handle.ask(cache, questions, **GREEDY), alone)
+        assert handle.report.recalled_bytes == 2 * moved and handle.report.recall_seconds > 0
+        assert torch.equal(handle.ask(cache.copy(), questions, **GREEDY), alone)
+        assert handle.report.memory_tokens == 64 + 9 and cache.stored_tokens() == 64
+    with imdc.patch(model, **{**TIGHT, "recall": "none"}, positions=positions) as handle:
+        loaded = imdc.load_cache(tmp_path / "document", model)
+        assert loaded.store is not None and loaded.store.nbytes() == cache.store.nbytes()
+        assert torch.equal(handle.ask(loaded, questions, **GREEDY), alone)
+        loaded.store = None
+        assert not torch.equal(handle.ask(loaded, questions, **GREEDY), alone)
+
+
+def test_host_memory_is_bounded() -> None:
+    model = FAMILIES["llama"]()
+    needed = 3 * 2 * 2 * 16 * 4 * 300
+    with imdc.patch(model, **TIGHT, recall_limit=needed) as handle:
+        assert handle.read(text(300)).store is not None
+        with pytest.raises(ConfigError, match=rf"301 tokens, more than recall_limit={needed} bytes; raise it"):
+            handle.read(text(301))
+    with pytest.raises(ConfigError, match="no effect with recall='none'"):
+        PrefillConfig(recall_limit=5)
+    with pytest.raises(ConfigError, match="host memory are available"):
+        recall.host_store(Parts.of(model), PrefillConfig(recall="host"), 300, needed - 1)
+
+
+def test_plans_count_host_memory() -> None:
+    shape = ModelShape.from_model(FAMILIES["gemma3"]())
+    options = {name: value for name, value in TIGHT.items() if name != "recall"}
+    with_store, without = (imdc.plan(shape, 300, **options, recall=one) for one in ("host", "none"))
+    assert with_store.to_dict()["host_bytes"] == 300 * 2 * 2 * 16 * 4
+    assert without.to_dict()["host_bytes"] == 0
+    assert "of host memory" in str(with_store) and "of host memory" not in str(without)
+    assert json.dumps(with_store.to_dict())
+    # On a GPU a layer's chunk is alive until it is copied.
+    chunk = max(step.chunk_tokens for step in with_store.steps)
+    added = [peak_bytes(shape, Batch(300), one.config, "cuda") for one in (with_store, without)]
+    assert 0 < added[0] - added[1] <= chunk * shape.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, handle, cache: model.generate(text(100), **GREEDY), "recall='host' is for handle.read"),
+        (lambda model, handle, cache: model(text(100), cache=handle.new_cache()), "recall='host' is for"),
+        (lambda model, handle, cache: model(text(10), cache=cache), "nothing can be added"),
+        (lambda model, handle, cache: handle.ask(cache, text(33)), "33 tokens takes 2 chunks.*chunk_tokens=32"),
+    ],
+)
+def test_what_would_part_text_and_store_is_refused(call: Any, message: str) -> None:
+    model = FAMILIES["llama"]()
+    with imdc.patch(model, **TIGHT) as handle:
+        cache = handle.read(text(300))
+        wanted = handle.ask(cache, text(9, 1), **GREEDY)
+        cache.phase = "prefill"
+        with pytest.raises(UnsupportedCallError, match=message):
+            call(model, handle, cache)
+        assert torch.equal(handle.ask(cache, text(9, 1), **GREEDY), wanted)
+
+
+def test_a_cache_that_has_decoded_is_not_asked() -> None:
+    model = build("llama")
+    with imdc.patch(model, **TIGHT) as handle, torch.no_grad():
+        cache = handle.read(text(300))
+        model(text(1), cache=cache)
+        with pytest.raises(UnsupportedCallError, match="1 tokens were decoded"):
+            handle.ask(cache, text(9))
