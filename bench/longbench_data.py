@@ -88,6 +88,15 @@ def load(tasks: Sequence[Task], source: str | None, *, extended: bool) -> tuple[
     return found, f"{_HUB_REPOSITORY} of the hub" if chosen == HUB else path.name
 
 
+def read_file(task: Task, path: Path) -> list[Record]:
+    """The records of one file of `task`, in its order.
+
+    Raises:
+        DataError: a line is no record.
+    """
+    return list(_records(task, iter(path.read_bytes().splitlines()), path.name))
+
+
 def in_order(records: dict[str, list[Record]], seed: int) -> Iterator[Record]:
     """All records, shuffled within each task by `seed`, the tasks taken in turn.
 

@@ -99,14 +99,18 @@ class Way:
         config = PrefillConfig(schedule=self.schedule, observer=str(self.observer), **self.options)
         least = config.sink_tokens + config.recent_tokens + (_LEAST_CHOSEN if self.memory.share is not None else 0)
         memory, chunk = self.memory.of(prompt_tokens), self.chunk.of(prompt_tokens)
+        options = dict(self.options)
         if self.memory.share is not None:
             memory = max(least, memory)
+            # A first memory in tokens may be more than a share of a short prompt.
+            if isinstance(first := options.get("initial_memory"), int):
+                options["initial_memory"] = min(first, memory)
         return PrefillConfig(
             schedule=self.schedule,
             observer=str(self.observer),
             memory_tokens=memory,
             chunk_tokens=chunk,
-            **self.options,
+            **options,
         )
 
 

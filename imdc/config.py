@@ -22,10 +22,15 @@ BALANCES = ("tokens", "bytes")
 POSITIONS = ("auto", "original", "compact")
 # initial_memory in the words of the IMDC paper: as much as every step adds.
 PER_STEP = "per_step"
+STARTS = ("auto", PER_STEP)
 RECALLS = ("none", "host")
 BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
+# initial_memory="auto": a share of the memory, but no fewer tokens besides sinks and recent ones. A share alone leaves
+# next to nothing of a small memory: 19 tokens of 219. Where the floor counts, growing saves a few percent of the time.
+# A higher one would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
+_FIRST_SHARE, _LEAST_FIRST = 0.25, 192
 
 
 # What the options of a name are, where they are not given one by one. The paper's come from its authors' code
@@ -57,7 +62,8 @@ class PrefillConfig:
         balance: what the shrinking chunks of "imdc" keep level: "tokens" of memory and chunk, as in the paper, or their
             "bytes" by the model's sizes, which lowers the peak but reads more of the prompt while memory is small.
         initial_memory: KV pairs kept after the first chunk: an int is a number of tokens, a float a share of
-            `memory_tokens` in (0, 1], and "per_step" is `memory_tokens` / steps, as in the paper.
+            `memory_tokens` in (0, 1]; "auto" is a quarter of it, but at least 192 besides sinks and recent tokens, as
+            far as memory and chunk go; "per_step" is `memory_tokens` / steps, as in the paper.
         memory_tokens: KV pairs kept per layer and KV head after the prefill, sinks and recent tokens included; left
             out, less where compact positions would not fit the model's window.
         chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
@@ -100,7 +106,7 @@ class PrefillConfig:
     # Levelled bytes save more memory but find fewer needles: 19 of 20 against 20, and the demo's answer is lost.
     balance: str = "tokens"
     # The paper starts at memory / steps. On needle questions at an eighth of memory that finds 64%, a quarter all.
-    initial_memory: int | float | str = 0.25
+    initial_memory: int | float | str = "auto"
     memory_tokens: int = DefaultSize(4096)
     # Large enough to keep the matrix products of a GPU busy; memory is then twice the chunk.
     chunk_tokens: int | str = DefaultSize(2048)
@@ -156,8 +162,7 @@ class PrefillConfig:
                 f"{always_kept}, or lower recent_tokens or sink_tokens"
             )
         start = self.initial_memory
-        if isinstance(start, str):
-            _check_choice("initial_memory", start, (PER_STEP,))
+        if start in STARTS:
             return
         if isinstance(start, float):
             if not 0.0 < start <= 1.0:
@@ -166,6 +171,11 @@ class PrefillConfig:
                     f"give an int for a number of tokens"
                 )
             return
+        if isinstance(start, str):
+            raise ConfigError(
+                f"initial_memory must be {' or '.join(map(repr, STARTS))}, an int (tokens) or a float (a share), "
+                f"got {start!r}"
+            )
         _check_int("initial_memory", start, 1)
         if start > self.memory_tokens:
             raise ConfigError(
@@ -205,14 +215,23 @@ class PrefillConfig:
         """Whether the chunks depend on the sizes of the model."""
         return self.schedule == "imdc" and self.balance == "bytes"
 
-    def first_memory_tokens(self, steps: int) -> int:
-        """`initial_memory` in tokens for so many steps, at least the sinks and recent tokens that are always kept."""
-        start = self.initial_memory
-        if isinstance(start, str):
+    def first_memory_tokens(self, steps: int, chunk_tokens: int) -> int:
+        """`initial_memory` in tokens, at least the sinks and recent tokens that are always kept.
+
+        Args:
+            steps: of the prompt.
+            chunk_tokens: mean tokens per step: a first chunk leaves no more than it has, so a floor beyond it would
+                only make the chunks after it large.
+        """
+        start, always_kept = self.initial_memory, self.sink_tokens + self.recent_tokens
+        if start == PER_STEP:
             tokens = self.memory_tokens // steps
+        elif isinstance(start, str):
+            floor = min(always_kept + _LEAST_FIRST, chunk_tokens, self.memory_tokens)
+            tokens = max(round(_FIRST_SHARE * self.memory_tokens), floor)
         else:
             tokens = round(start * self.memory_tokens) if isinstance(start, float) else start
-        return max(1, tokens, self.sink_tokens + self.recent_tokens)
+        return max(1, tokens, always_kept)
 
 
 def _with_presets(init: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,7 @@ C = chunk_tokens and M = memory_tokens there are n = ceil(N / C) steps, so a sch
 another one. Memory follows a target that ends at M:
 
     fm               M from the first step on
-    im, imdc         a = initial_memory grows to M by one of the shapes below (i = 0..n-1)
+    im, imdc         a = initial_memory (`PrefillConfig.first_memory_tokens`) grows to M by a shape (i = 0..n-1)
         linear           a + (M - a) * i / (n - 1)
         sqrt             a + (M - a) * sqrt(i / (n - 1))
         square           a + (M - a) * (i / (n - 1))^2
@@ -203,7 +203,7 @@ class _Schedule:
         # A prompt that fits is not cut at all; of any other exactly this many KV pairs go, and memory ends at M.
         self.drops = max(0, stored_tokens + prompt_tokens - memory)
         least = min(memory, max(1, stored_tokens, config.sink_tokens + config.recent_tokens))
-        first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens(self.count))
+        first = memory if config.schedule == "fm" else max(least, config.first_memory_tokens(self.count, chunk))
         self.targets = [max(least, target) for target in _targets(config.growth, first, memory, self.count)]
 
     def equal(self) -> list[int]:

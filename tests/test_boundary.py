@@ -17,7 +17,13 @@ from imdc.cache.cache import ImdcCache
 from imdc.errors import ImdcError, UnsupportedCallError, UnsupportedModelError
 from imdc.model import hf
 
-TIGHT: dict[str, Any] = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT: dict[str, Any] = {
+    "memory_tokens": 48,
+    "chunk_tokens": 24,
+    "sink_tokens": 2,
+    "recent_tokens": 8,
+    "initial_memory": 0.25,
+}
 LONG = 4300
 _TWO: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 16384}
 _MIXED = {**_TWO, "layer_types": ["sliding_attention", "full_attention"]}

@@ -91,6 +91,12 @@ def test_options_take_counts_shares_and_bytes() -> None:
     )
 
 
+@pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("0.5", 0.5), ("300", 300)])
+def test_the_first_memory_is_auto_a_share_or_tokens(word: str, value: object) -> None:
+    args = build_parser().parse_args(["generate", "--model", "m", "--file", "f", "--initial-memory", word])
+    assert config_from(args).initial_memory == value
+
+
 def test_generate_answers_as_the_library_does(
     tiny_model_dir: Path, document: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

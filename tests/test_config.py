@@ -46,7 +46,11 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"initial_memory": 1.01}, r"initial_memory=1.01 as a float is a share"),
         ({"initial_memory": float("nan")}, r"initial_memory=nan as a float is a share"),
         ({"initial_memory": 5000}, r"initial_memory=5000 is larger than memory_tokens=4096"),
-        ({"initial_memory": "half"}, r"initial_memory must be one of 'per_step', got 'half'"),
+        (
+            {"initial_memory": "half"},
+            r"initial_memory must be 'auto' or 'per_step', an int .*, got 'half'",
+        ),
+        ({"initial_memory": None}, r"initial_memory must be an int"),
         ({"observation_tokens": 0}, r"observation_tokens must be at least 1"),
         ({"pool_kernel": 4}, r"pool_kernel must be odd.*use 3 or 5"),
         ({"pooling": "mean"}, r"pooling must be one of 'max', 'avg', got 'mean'"),
@@ -90,6 +94,18 @@ def test_options_go_on_top_of_a_config() -> None:
     ("options", "tokens"),
     [
         ({}, 1024),
+        # A quarter of a small memory is little more than the 36 sinks and recent tokens.
+        ({"memory_tokens": 912}, 228),
+        ({"memory_tokens": 911}, 228),
+        ({"memory_tokens": 916}, 229),
+        ({"memory_tokens": 219}, 219),
+        ({"memory_tokens": 300, "sink_tokens": 0, "recent_tokens": 0}, 192),
+        # A first chunk leaves no more than it has.
+        ({"memory_tokens": 500, "chunk_tokens": 200}, 200),
+        ({"memory_tokens": 500, "chunk_tokens": 100}, 125),
+        # What is asked for stays what it says.
+        ({"memory_tokens": 219, "initial_memory": 0.25}, 55),
+        ({"memory_tokens": 219, "initial_memory": 40}, 40),
         ({"initial_memory": 100}, 100),
         ({"initial_memory": 1.0}, 4096),
         ({"initial_memory": 1}, 36),
@@ -99,7 +115,8 @@ def test_options_go_on_top_of_a_config() -> None:
     ],
 )
 def test_first_memory_in_tokens(options: dict[str, Any], tokens: int) -> None:
-    assert PrefillConfig(**options).first_memory_tokens(7) == tokens
+    config = PrefillConfig(**options)
+    assert config.first_memory_tokens(7, int(config.chunk_tokens)) == tokens
 
 
 def test_option_names_are_the_interface() -> None:

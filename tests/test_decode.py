@@ -18,7 +18,7 @@ from imdc.errors import UnsupportedCallError
 from imdc.prefill.renumber import moved
 from imdc.prefill.step import StepRun
 
-SIZES = {"memory_tokens": 40, "chunk_tokens": 16, "sink_tokens": 2, "recent_tokens": 8}
+SIZES = {"memory_tokens": 40, "chunk_tokens": 16, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 WINDOW = 128
 
 

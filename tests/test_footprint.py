@@ -34,9 +34,9 @@ def prompt(tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "options",
     [
-        {"chunk_tokens": 120},
+        {"chunk_tokens": 120, "initial_memory": 0.25},
         {"chunk_tokens": 60, "memory_tokens": 300, "schedule": "fm"},
-        {"chunk_tokens": 300, "memory_tokens": 100, "positions": "compact"},
+        {"chunk_tokens": 300, "memory_tokens": 100, "positions": "compact", "initial_memory": 0.25},
     ],
     ids=["imdc", "fm", "compact"],
 )
@@ -51,7 +51,7 @@ def test_prediction_is_the_measured_peak(family: str, dtype: torch.dtype, option
 @pytest.mark.parametrize("family", OTHERS)
 def test_prediction_is_close_for_the_other_families(family: str) -> None:
     model = FAMILIES[family]().to(torch.bfloat16)
-    measured = measure(model, prompt(1200), PrefillConfig(memory_tokens=200, chunk_tokens=120))
+    measured = measure(model, prompt(1200), PrefillConfig(memory_tokens=200, chunk_tokens=120, initial_memory=0.25))
     assert measured.error == pytest.approx(0.0, abs=0.05)
 
 
@@ -66,7 +66,9 @@ def test_prediction_knows_the_observers(observer: str) -> None:
 @pytest.mark.parametrize("options", [{"backend": "reference"}, {"schedule": "full"}], ids=["reference", "full"])
 def test_prediction_knows_backend_and_schedule(options: dict[str, Any]) -> None:
     model = FAMILIES["llama"]()
-    measured = measure(model, prompt(1000), PrefillConfig(memory_tokens=200, chunk_tokens=100, **options))
+    measured = measure(
+        model, prompt(1000), PrefillConfig(memory_tokens=200, chunk_tokens=100, initial_memory=0.25, **options)
+    )
     assert measured.error == pytest.approx(0.0, abs=0.03)
 
 

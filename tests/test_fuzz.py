@@ -251,7 +251,9 @@ def calls(draw: st.DrawFn) -> Call:
         "positions": draw(st.sampled_from(["original", "compact", "auto"])),
         "memory_tokens": memory,
         "chunk_tokens": draw(st.integers(6, 64)),
-        "initial_memory": draw(st.one_of(st.floats(0.05, 1.0), st.integers(1, memory), st.just("per_step"))),
+        "initial_memory": draw(
+            st.one_of(st.sampled_from(["auto", "per_step"]), st.floats(0.05, 1.0), st.integers(1, memory))
+        ),
         "observation_tokens": draw(st.integers(1, 20)),
         "observation_stride": draw(st.sampled_from([1, 1, 2, 5])),
         "pooling": draw(st.sampled_from(["max", "avg"])),
@@ -275,7 +277,7 @@ def calls(draw: st.DrawFn) -> Call:
     )
 
 
-SMALL = {"memory_tokens": 40, "chunk_tokens": 16, "sink_tokens": 1, "recent_tokens": 4}
+SMALL = {"memory_tokens": 40, "chunk_tokens": 16, "sink_tokens": 1, "recent_tokens": 4, "initial_memory": 0.25}
 # Calls that once broke a promise.
 FOUND = {
     # transformers passes the whole history of an assisted call again, and the cache held its beginning twice.

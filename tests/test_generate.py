@@ -12,7 +12,7 @@ from imdc.cache.layers import MemoryLayer
 from imdc.model import hf
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 48}
-TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 
 
 def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

@@ -27,7 +27,7 @@ from imdc.model import hf
 from imdc.model.hf import CACHE_NAME
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 LENGTH = 110
 WINDOWED = ("mistral_sliding", "gemma2", "gemma3")
 NEW = 8

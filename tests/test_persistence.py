@@ -20,7 +20,7 @@ import imdc
 from imdc.cache.cache import ImdcCache
 from imdc.errors import CacheMismatchError, UnsupportedCallError
 
-TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 
 
 def prompt(length: int, seed: int = 0) -> torch.Tensor:

@@ -21,7 +21,7 @@ import imdc
 from imdc.cache.cache import ImdcCache
 
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 
 
 def prompt(length: int = 110, seed: int = 0) -> Tensor:

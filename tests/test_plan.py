@@ -51,11 +51,13 @@ def compute(*arguments: str) -> command.Outcome:
     return command.compute(build_parser().parse_args(["plan", *arguments]))
 
 
-def test_plan_of_a_model_is_what_the_prefill_does() -> None:
+@pytest.mark.parametrize("options", [{}, {"initial_memory": 0.25}, {"memory_tokens": 128}], ids=str)
+def test_plan_of_a_model_is_what_the_prefill_does(options: dict[str, Any]) -> None:
     model = FAMILIES["llama"]()
-    made = plan(model, 1000, memory_tokens=128, chunk_tokens=100)
+    options = {"memory_tokens": 400, "chunk_tokens": 100, **options}
+    made = plan(model, 1000, **options)
     ids = torch.randint(3, 128, (1, 1000))
-    with patch(model, memory_tokens=128, chunk_tokens=100) as handle:
+    with patch(model, **options) as handle:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
         report = handle.report
     assert report is not None

@@ -20,7 +20,7 @@ from imdc.model.shape import ModelShape
 from imdc.positions import answer_room, fitted
 from imdc.schedule import least_first_chunk
 
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 SHORT = 64
 LONGROPE: dict[str, Any] = {
     "max_position_embeddings": 4096,

@@ -38,7 +38,7 @@ from imdc.profiler.measure import cuda_snapshot, measure, measure_unpatched
 from imdc.report import StepReport
 from imdc.units import MIB, format_bytes
 
-CONFIG = PrefillConfig(memory_tokens=128, chunk_tokens=100)
+CONFIG = PrefillConfig(memory_tokens=128, chunk_tokens=100, initial_memory=0.25)
 
 
 def prompt(tokens: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from imdc.cache.cache import ImdcCache
 from imdc.prefill import hook
 from imdc.prefill.patch import PatchHandle
 
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8}
+TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 FAILURES = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, SystemExit]
 
 

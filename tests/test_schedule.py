@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def cases(draw: st.DrawFn, schedules: tuple[str, ...] = COMPRESSING) -> tuple[in
     """A prompt length, a config of one of `schedules`, and a stored cache."""
     memory = draw(st.integers(1, 3000))
     share = st.floats(0.001, 1.0, allow_nan=False)
-    start = draw(st.one_of(st.integers(1, memory), share, st.just("per_step")))
+    start = draw(st.one_of(st.sampled_from(["auto", "per_step"]), st.integers(1, memory), share))
     sinks = draw(st.integers(0, min(8, memory)))
     config = PrefillConfig(
         schedule=draw(st.sampled_from(schedules)),
@@ -162,6 +163,33 @@ def test_fm_is_full_as_soon_as_enough_was_read() -> None:
 def test_growth_shapes(growth: str, expected: list[int]) -> None:
     config = _config("im", 800, 1000, growth=growth, initial_memory=100)
     assert [step.memory_after for step in build_steps(8000, config)] == expected
+
+
+@given(cases(("im", "imdc")))
+@settings(max_examples=300, deadline=None)
+def test_the_first_memory_of_nobodys_choice_is_no_sliver(case: tuple[int, PrefillConfig, int]) -> None:
+    prompt, config, stored = case
+    config = replace(config, initial_memory="auto", growth="linear")
+    memory, chosen = config.memory_tokens, config.sink_tokens + config.recent_tokens + 192
+    floor = max(min(memory, chosen, int(config.chunk_tokens)), memory // 4)
+    for step in build_steps(prompt, config, stored_tokens=stored):
+        assert step.memory_after >= min(step.attended_tokens, floor)
+
+
+@pytest.mark.parametrize("schedule", ["im", "imdc"])
+@given(st.integers(1, 20_000), st.integers(36, 228), st.integers(0, 500))
+@settings(max_examples=100, deadline=None)
+def test_a_memory_that_has_no_room_to_grow_is_fms(schedule: str, prompt: int, memory: int, more: int) -> None:
+    config = PrefillConfig(schedule=schedule, memory_tokens=memory, chunk_tokens=memory + more)
+    assert [step.memory_after for step in build_steps(prompt, config)] == [
+        step.memory_after for step in build_steps(prompt, replace(config, schedule="fm"))
+    ]
+
+
+@pytest.mark.parametrize("start", [0.25, 55])
+def test_an_explicit_first_memory_is_kept_where_it_is_small(start: float | int) -> None:
+    config = PrefillConfig(schedule="im", memory_tokens=219, chunk_tokens=512, initial_memory=start)
+    assert build_steps(1752, config)[0].memory_after == 55
 
 
 def test_balanced_chunks_are_the_papers_where_nothing_is_clamped() -> None:

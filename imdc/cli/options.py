@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from imdc.config import CHOICES, PER_STEP, PrefillConfig, preset_options, resolve_config
+from imdc.config import CHOICES, STARTS, PrefillConfig, preset_options, resolve_config
 from imdc.errors import ConfigError
 from imdc.units import parse_bytes, parse_tokens
 
@@ -71,7 +71,7 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
     if field.name in CHOICES:
         return str
     if "float" in annotation:
-        return _guarded(lambda text: text if text == PER_STEP else _share_or_tokens(text))
+        return _guarded(lambda text: text if text in STARTS else _share_or_tokens(text))
     if "str" in annotation:
         return _guarded(lambda text: text if text == "auto" else parse_tokens(text))
     if field.name.endswith("_tokens"):

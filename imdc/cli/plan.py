@@ -24,6 +24,8 @@ from imdc.units import format_bytes, format_tokens, parse_bytes, parse_tokens
 _LONGEST_PROMPT = 2**24
 # Planning so many steps, and the schedules they are compared with, takes about a second.
 _MOST_PLANNED = 2 * MOST_STEPS
+# Prompts of up to so many chunks may take more than longer ones.
+_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +174,10 @@ def _solve(
 
         def peak_at_prompt(tokens: int) -> int:
             # The peak is not monotonic in the prompt length: one token past a whole number of chunks adds a step and
-            # shrinks every chunk. Take the largest peak of any shorter prompt.
-            lengths = {tokens, tokens // mean * mean, min(tokens, mean)} - {0}
+            # shrinks every chunk; and where memory grows little, a few chunks take more than many. Take the largest
+            # peak of any shorter prompt.
+            whole = tokens // mean
+            lengths = {tokens, whole * mean, *(few * mean for few in range(1, min(whole, _FEW) + 1))} - {0}
             return max(peak_bytes(shape, replace(batch, prompt_tokens=some), config, device) for some in lengths)
 
         found = largest_within(limit, peak_at_prompt, LEAST_CHUNK, longest, "a prompt of one short chunk")

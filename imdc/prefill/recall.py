@@ -107,7 +107,7 @@ class Recall:
         for number, first in enumerate(range(0, self.store.tokens, _BLOCK_TOKENS)):
             logits = held[number] if number < len(held) else self._block(layer, first, asking, span, scale, softcap)
             mass[:, first : first + logits.shape[-1]] = logits.sub_(lse[..., None]).exp_().mean(dim=1)
-        return pool(mass[None], self.config.pool_kernel)
+        return pool(mass[None], self.config.pool_kernel, self.config.pooling)
 
     def _block(self, layer: int, first: int, asking: Tensor, span: int, scale: float, softcap: float | None) -> Tensor:
         """Logits float32 [Hkv, group * n, block] of the keys from `first` on."""
