@@ -58,7 +58,8 @@ setup(
     extras_require={
         "demo": ["accelerate>=1.1", "gguf>=0.17"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
-        "flash": ["flash-attn>=2.7"],
+        # Pure Python, for Hopper and Blackwell; FlashAttention 3 and 2, which compile, work too.
+        "flash": ["flash-attn-4>=4.0.0b1"],
         # 0.4.13 is the release whose LongBench prompts bench/longbench_tasks.py corrects.
         "bench": ["accelerate>=1.1", "gguf>=0.17", "lm-eval[longbench]>=0.4.13", "matplotlib>=3.8"],
         "plot": ["matplotlib>=3.8"],

@@ -98,9 +98,10 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     """(kernel, case, Launch) of every production configuration on a chip."""
     from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
     from imdc.kernels.compact import plan_compact
+    from imdc.kernels.compress import compression_config, plan_compress
     from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
-    from imdc.kernels.limits import POOLINGS
+    from imdc.kernels.limits import POOLINGS, StepSizes, fused_step_fits
     from imdc.kernels.pool import plan_pool
     from imdc.kernels.rotate import plan_rotate
     from imdc.kernels.select import plan_select
@@ -123,9 +124,13 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
             options = {"rows": 16, "pool_kernel": 15, "sink_tokens": 4, "recent_tokens": 0, **logits}
             options["pooling"] = "max"
-            options["config"] = attention_config(q, k, k, target)
-            fused = plan_fused_step(q, k, k, k, q, mass, ranks, indices, kept, kept, **options)
-            yield "fused_step", case, fused
+            written = (mass, ranks, indices, kept, kept)
+            if fused_step_fits(dim, 2, target.major):
+                blocks = attention_config(q, k, k, target)
+                yield "fused_step", case, plan_fused_step(q, k, k, k, q, *written, config=blocks, **options)
+            sizes = StepSizes(1, q.shape[1], KV_HEADS, QUERIES, KEYS, dim, 2, observers=16, keep=KEEP, pool_kernel=15)
+            blocks = compression_config(q, k, sizes, target)
+            yield "compress", case, plan_compress(q, k, k, k, lse, *written, config=blocks, stride=1, **options)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)

@@ -181,7 +181,6 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
 def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> dict[str, float]:
     """Milliseconds of a layer's whole step under every backend, and under "auto" those of the one it takes."""
     from imdc.errors import ConfigError
-    from imdc.model.backend_rule import AttentionTraits
     from imdc.prefill.backends import Backend, choose
 
     options: dict[str, Any] = {"scale": SCALE, "rows": OBSERVERS, "pool_kernel": POOL}
@@ -193,13 +192,13 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
         indices = backend.select(backend.key_mass(q, k, lse, **options), keep, sink_tokens=4)
         return out, *backend.compact(k, v, indices), indices
 
-    traits = AttentionTraits(q.device.type, str(q.dtype).removeprefix("torch."), DIM, softcap=False)
-    auto, memory = choose("auto", traits)[0], k.shape[2] - CHUNK
+    model = (q.device, q.dtype, DIM, False)
+    auto, memory = choose("auto", *model)[0], k.shape[2] - CHUNK
     wrong = differs_from(step(auto)[0])
     taken: dict[str, float] = {}
-    for name in ("triton", "flash", "sdpa", "reference"):
+    for name in ("triton", "flash", "varlen", "sdpa", "reference"):
         try:
-            run = partial(step, choose(name, traits)[0])
+            run = partial(step, choose(name, *model)[0])
         except ConfigError as error:
             taken[name] = timings.skip(f"step: {name}", memory, str(error))
         else:
@@ -207,7 +206,7 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
     # Both ways of the step, whichever the cost rule takes: what the rule assumes has to be measured.
     for way, pays in (("one launch", True), ("several launches", False)):
         with mock.patch("imdc.kernels.compress_step.one_launch_pays", lambda *_, pays=pays, **__: pays):
-            forced = partial(step, choose("triton", traits)[0])
+            forced = partial(step, choose("triton", *model)[0])
             timings.add_rival(f"step: triton, {way}", memory, forced, wrong=wrong)
     return taken | {"auto": taken[auto.name]}
 
@@ -226,12 +225,21 @@ def time_memory(timings: Timings, memory: int, linear: float, sweep: bool) -> di
         "step_over_its_parts": _ratio(steps["triton"], attention + compression),
         "auto_over_fastest_backend": _ratio(steps["auto"], min(steps.values())),
     }
+    timed = {name: taken for name, taken in steps.items() if name != "auto" and math.isfinite(taken)}
     for name, value in verdict.items():
         least, most = TARGETS.get(name, (0.0, math.inf))
         met = value is not None and least <= value <= most
         aim = f"  ({'meets' if met else 'MISSES'} {least}..{most})" if name in TARGETS else ""
         print(f"memory {memory:>5}: {name:<27}{'unknown' if value is None else f'{value:.3f}':>9}{aim}", flush=True)
-    return {"memory": memory, **verdict}
+    return {"memory": memory, **verdict, "step_milliseconds": timed}
+
+
+def flash_generation() -> int | None:
+    """Of the FlashAttention behind the backend "flash"; None without one."""
+    from imdc.kernels.libraries import find_flash
+
+    found = find_flash(torch.cuda.get_device_capability()[0])
+    return None if found is None else found[1]
 
 
 def _ratio(taken: float, other: float) -> float | None:
@@ -267,6 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     verdicts = [time_memory(timings, memory, linear, options.sweep) for memory in MEMORIES]
     record = circumstances() | {
         "device": describe_device(),
+        "flash_generation": flash_generation(),
         "shape": shape,
         "matmul_tflops": timings.matmul_tflops,
         "copy_gbytes_per_second": timings.copy_gbytes,

@@ -25,7 +25,7 @@ POSITIONS = ("auto", "original", "compact")
 PER_STEP = "per_step"
 STARTS = ("auto", PER_STEP)
 RECALLS = ("none", "host")
-BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
 # initial_memory="auto": a share of the memory, but no fewer tokens besides sinks and recent ones. A share alone leaves
@@ -36,19 +36,9 @@ _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
 
 # What the options of a name are, where they are not given one by one. The paper's come from its authors' code
 # (ZhiYuanZeng/Collie, branch emnlp2024: MemSizeScheduler and ConvPruner, and the num_sink_tokens of its scripts).
-_PAPER: dict[str, Any] = {
-    "schedule": "imdc",
-    "growth": "linear",
-    "balance": "tokens",
-    "initial_memory": PER_STEP,
-    "observer": "all_queries",
-    "pooling": "avg",
-    "pool_kernel": 5,
-    "sink_tokens": 4,
-    "recent_tokens": 0,
-    "layer_budget": "uniform",
-    "positions": "compact",
-}
+_PAPER: dict[str, Any] = {"schedule": "imdc", "growth": "linear", "balance": "tokens", "initial_memory": PER_STEP}
+_PAPER |= {"observer": "all_queries", "pooling": "avg", "pool_kernel": 5, "positions": "compact"}
+_PAPER |= {"sink_tokens": 4, "recent_tokens": 0, "layer_budget": "uniform"}
 
 
 class DefaultSize(int):
@@ -83,6 +73,8 @@ class PrefillConfig:
         observer: whose attention decides what is retained: "prompt_tail", "questions", "window", "all_queries",
             "sink_recent", "key_diff", "random", or an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
+        observation_stride: every how manyth of the deciding queries votes, counted back from the last; with
+            "all_queries", 4 costs a quarter of the scoring and leaves the expected scores as they are.
         pooling: "max" or "avg", how neighbouring keys share their scores.
         pool_kernel: odd width in keys of that pooling; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
@@ -93,8 +85,11 @@ class PrefillConfig:
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
             positions until the window is full.
-        backend: "auto", "triton", "flash", "sdpa" or "reference".
+        backend: "auto", "triton", "flash" (FlashAttention), "varlen" (PyTorch on cuDNN), "sdpa" or "reference".
         preset: "default", or "paper", the setting of the IMDC paper; options given beside it take precedence.
+        recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
+            document in host memory, from which `handle.ask()` takes back those that each question needs.
+        recall_limit: bytes of host memory for that at most; left out, what the system has available.
 
     `preset="paper"` follows the authors' code: memory grows from `memory_tokens` / steps, all queries vote, scores are
     averaged over five neighbours, the first four tokens are retained and no latest ones, and positions are contiguous.
@@ -104,9 +99,6 @@ class PrefillConfig:
     each layer compresses right after its attention; and beyond the model's window rotary frequencies are not rescaled
     (dynamic NTK there), so that memory and chunk must fit into it. `dataclasses.replace` names every option and so
     overrides any preset: pass it to `imdc.patch(model, config, preset=...)` instead.
-        recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
-            document in host memory, from which `handle.ask()` takes back those that each question needs.
-        recall_limit: bytes of host memory for that at most; left out, what the system has available.
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -124,6 +116,7 @@ class PrefillConfig:
     memory_limit: int | float | None = None
     observer: str | Observer = "prompt_tail"
     observation_tokens: int = 16
+    observation_stride: int = 1
     pooling: str = "max"
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
@@ -314,7 +307,8 @@ CHOICES: dict[str, Sequence[str]] = {
     "backend": BACKENDS,
     "recall": RECALLS,
 }
-_LEAST = {"memory_tokens": 1, "observation_tokens": 1, "pool_kernel": 1, "sink_tokens": 0, "recent_tokens": 0}
+_LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stride", "pool_kernel"), 1)
+_LEAST |= {"sink_tokens": 0, "recent_tokens": 0}
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

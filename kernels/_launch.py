@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .limits import MAX_HEAD_SIZE
+from .limits import COPYING_MAJORS, MAX_HEAD_SIZE, power_of_two
 
 # Triton's own device functions are compiled or interpreted for good when Triton is first imported.
 INTERPRETED: bool = not isinstance(tl.sum, JITFunction)
@@ -46,7 +46,7 @@ class Target:
     @property
     def copies_tensors(self) -> bool:
         """Whether the chip has both the bulk tensor copy engine and shared memory enough to feed it."""
-        return self.major in (9, 10)
+        return self.major in COPYING_MAJORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +190,6 @@ def logit_arguments(q: Tensor, k: Tensor, config: Config, *, scale: float, softc
         "HAS_SOFTCAP": softcap is not None,
         "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
     }
-
-
-def power_of_two(size: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `size` and at least `least`."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def require(holds: bool, argument: str, value: object, rule: str) -> None:

@@ -31,7 +31,6 @@ from ._launch import (
     descriptor,
     first_that_fits,
     logit_arguments,
-    power_of_two,
     require,
     require_logits,
     require_queries_and_keys,
@@ -40,6 +39,7 @@ from ._launch import (
     strided,
     target_of,
 )
+from .limits import attention_rows, power_of_two
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -99,7 +99,7 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor, target: Target) -> list[tuple[C
     block_d = power_of_two(q.shape[3], least=16)
     vectors = aligned(k) and aligned(v)
     if target == INTERPRETER:
-        shapes = [Config(32, 32, num_warps=4, num_stages=1, descriptors=vectors)]
+        shapes = [Config(attention_rows(block_d, 0), 32, num_warps=4, num_stages=1, descriptors=vectors)]
     elif q.element_size() == 4:
         shapes = [Config(32, 16, num_warps=8, num_stages=1)] if 64 < block_d <= 128 else [Config(16, 16, 8, 1)]
     elif not vectors:

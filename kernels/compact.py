@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import move_rows
-from ._launch import FLOATS, Launch, power_of_two, require, require_same_device, require_tensor, strided
-from .limits import MAX_HEAD_SIZE
+from ._launch import FLOATS, Launch, require, require_same_device, require_tensor, strided
+from .limits import MAX_HEAD_SIZE, power_of_two
 
 BLOCK = 32
 

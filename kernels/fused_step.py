@@ -3,19 +3,12 @@
 All programs attend, as in `kernels/chunk_attention.py`. The observing queries are the last ones, and where those of a
 KV head fit one block of rows, one program owns all of them: with its last key block, it knows their log-sum-exps. The
 programs that own observers are the first of the grid, so they start first; after attending they alone compress their
-KV head, while the others still attend:
+KV head (`kernels/_compress.py`), while the others still attend. The keys that they read once more come from the L2
+cache.
 
-1. mass: the keys once more (they come from the L2 cache), one product, probabilities, sums over the rows;
-2. ranks: pooling over neighbours, and the scores as unsigned integers of the same order;
-3. threshold: the `keep`-th largest rank, eight bits a pass, from a histogram of the ranks that begin alike;
-4. indices: everything above the threshold and the first ties, in ascending order;
-5. rows: the keys and values at these indices, moved next to each other.
-
-Each reads back what all threads of the program have written, so a barrier of the program lies between. Nothing is
-shared between programs: no atomics on memory, no barrier of the grid, and two runs give the same bits.
-
-The chain of an owner is longer than another program's work. `pays` compares it with what the rest of the device has to
-do meanwhile; where it would be the last to finish, separate launches, which spread it over the device, are better.
+The chain of an owner is longer than another program's work. `kernels/limits.py` compares it with what the rest of the
+device has to do meanwhile; where it would be the last to finish, separate launches, which spread it over the device,
+are better.
 
 Layouts and reference: `kernels/reference.py`.
 """
@@ -29,98 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import attend, exponents, load_block
-from ._device import move_rows, ordered, places, pooled_scores, rounded, widened
-from ._launch import (
-    INTERPRETED,
-    Config,
-    Launch,
-    descriptor,
-    logit_arguments,
-    strided,
-)
-
-TILE = 2048
-INTERPRETED_TILE = 64  # small enough that small tests take several
-MOVED_BYTES = 32768  # of keys, and as many of values, that a program moves at a time
-
-
-@triton.jit
-def _weigh_keys(
-    b_q, b_lse, i_b, i_h, k, stride_kt, mass, observers, keys, scored, scale, softcap,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Mass of every scored key from the rows b_q; `b_lse`, to base 2, is infinite for rows that are no observers."""
-    past = keys - observers  # observer t sees keys 0..past + t; t counts from the first observer
-    o_row = tl.arange(0, BLOCK_M) // GROUP - (BLOCK_M // GROUP - observers)
-    end = tl.cdiv(scored, BLOCK_N) * BLOCK_N
-    whole = tl.minimum((past + 1) // BLOCK_N * BLOCK_N, end)  # every observer sees all keys below this
-    for MASKED in tl.static_range(2):
-        for i_n in range(whole if MASKED else 0, scored if MASKED else whole, BLOCK_N):
-            i_n = tl.multiple_of(i_n, BLOCK_N)
-            o_n = i_n + tl.arange(0, BLOCK_N)
-            b_k = load_block(k, stride_kt, i_b, i_h, i_n, scored, D, BLOCK_D, BLOCK_N, MASKED, DESCRIPTORS)
-            # Keys along the rows, so that a thread sums what it holds.
-            b_s, factor = exponents(widened(b_k, UPCAST), b_q, scale, softcap, HAS_SOFTCAP, UPCAST)
-            b_p = tl.exp2(b_s * factor - b_lse[None, :])
-            if MASKED:
-                b_p = tl.where(o_n[:, None] <= past + o_row[None, :], b_p, 0.0)
-            b_count = tl.maximum(observers - tl.maximum(o_n - past, 0), 1) * GROUP
-            tl.store(mass + o_n, tl.sum(b_p, axis=1) / b_count.to(tl.float32), mask=o_n < scored)
-
-
-@triton.jit
-def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.constexpr):
-    """Eight more bits of the threshold, those from bit SHIFT on, and how many are wanted of the ranks that share them.
-
-    Of the ranks that begin like `threshold`, the `wanted` largest are looked for.
-    """
-    o_bin = tl.arange(0, 256)
-    b_counts = tl.zeros([256], tl.int32)
-    for start in range(0, scored, TILE):
-        o_n = start + tl.arange(0, TILE)
-        b_rank = tl.load(ranks + o_n, mask=o_n < scored, other=0).to(tl.uint32, bitcast=True)
-        m_alike = o_n < scored
-        if SHIFT < 24:
-            m_alike = m_alike & ((b_rank >> (SHIFT + 8)) == (threshold >> (SHIFT + 8)))
-        b_counts += tl.histogram(((b_rank >> SHIFT) & 255).to(tl.int32), 256, mask=m_alike)
-    b_above = tl.sum(b_counts, axis=0) - tl.cumsum(b_counts, axis=0)  # ranks of the bins above each
-    digit = tl.max(tl.where(b_above + b_counts >= wanted, o_bin, 0), axis=0)
-    wanted -= tl.sum(tl.where(o_bin > digit, b_counts, 0), axis=0)
-    return threshold | (digit.to(tl.uint32) << SHIFT), wanted
-
-
-@triton.jit
-def _compress(
-    mass, ranks, indices, k, stride_kt, v, stride_vt, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
-):  # fmt: skip
-    """From the mass of one KV head's keys to its kept rows, all by one program."""
-    tl.debug_barrier()  # the mass is written
-    for start in range(0, scored, TILE):
-        o_n = start + tl.arange(0, TILE)
-        b_score = pooled_scores(mass, o_n, scored, reach, AVERAGE)
-        b_rank = ordered(b_score, o_n, scored, sink_tokens, recent_tokens)
-        tl.store(ranks + o_n, b_rank.to(tl.int32, bitcast=True), mask=o_n < scored)
-    tl.debug_barrier()  # the ranks are written
-    threshold = tl.full([], 0, tl.uint32)  # becomes the `keep`-th largest rank
-    wanted = keep  # becomes how many of its ties are kept
-    for digit in tl.static_range(4):
-        threshold, wanted = _refine(ranks, scored, threshold, wanted, SHIFT=24 - 8 * digit, TILE=TILE)
-    above = tl.full([], 0, tl.int32)
-    ties = tl.full([], 0, tl.int32)
-    for start in range(0, scored, TILE):
-        o_n = start + tl.arange(0, TILE)
-        b_rank = tl.load(ranks + o_n, mask=o_n < scored, other=0).to(tl.uint32, bitcast=True)
-        o_place, m_kept, above, ties = places(b_rank, threshold, above, ties, wanted)
-        tl.store(indices + o_place, o_n.to(tl.int64), mask=m_kept & (o_n < scored))
-    tl.debug_barrier()  # the indices are written
-    for start in range(0, keep, BLOCK_T):
-        move_rows(
-            k, stride_kt, v, stride_vt, indices, new_k, D, new_v, D, start, keep,
-            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T,
-        )  # fmt: skip
+from ._attention import attend
+from ._compress import compress_head, compression_blocks, weigh_keys
+from ._device import rounded, widened
+from ._launch import Config, Launch, descriptor, logit_arguments, strided
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -179,13 +84,13 @@ def _fused_step_kernel(
         mass += i_row * tl.cast(scored, tl.int64)
         ranks += i_row * tl.cast(scored, tl.int64)
         kept = i_row * tl.cast(keep, tl.int64)
-        _weigh_keys(
-            b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, keys, scored,
+        weigh_keys(
+            b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, 1, keys, scored,
             scale, softcap,
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
         )  # fmt: skip
-        _compress(
+        compress_head(
             mass, ranks, indices + kept,
             source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
             source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
@@ -228,7 +133,7 @@ def plan_fused_step(
         indices: int64 [B, Hkv, keep].
         new_k: [B, Hkv, keep, D].
         new_v: as `new_k`.
-        rows: number of observers; with all heads of a KV head at most `config.rows`.
+        rows: number of observers, which all vote; with all heads of a KV head at most `config.rows`.
         pool_kernel: as in `compress_step`.
         pooling: as in `compress_step`.
         sink_tokens: as in `compress_step`.
@@ -269,8 +174,7 @@ def plan_fused_step(
             "recent_tokens": recent_tokens,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            "BLOCK_T": 16 if INTERPRETED else MOVED_BYTES // (block_d * q.element_size()),
-            "TILE": INTERPRETED_TILE if INTERPRETED else TILE,
+            **compression_blocks(block_d, q.element_size()),
             "AVERAGE": pooling == "avg",
         },
         num_warps=config.num_warps,

@@ -3,6 +3,9 @@
     mass[j] = sum over observers i that see j, and heads h of the KV group, of exp(s_hij - lse[h, i])
               / (group * number of observers that see j)
 
+With a stride every n-th of these queries votes, counted back from the last. They are spread evenly over the text, so
+what they see on average is what all of them see, for a fraction of the product.
+
 The log-sum-exp of the forward pass turns each logit into its softmax probability at once, so one product of keys and
 observing queries suffices and their matrix never leaves the registers.
 
@@ -18,6 +21,8 @@ Layouts and reference: `kernels/reference.py`, `key_mass`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +37,6 @@ from ._launch import (
     Target,
     first_that_fits,
     logit_arguments,
-    power_of_two,
     require,
     require_logits,
     require_queries_and_keys,
@@ -41,12 +45,14 @@ from ._launch import (
     strided,
     target_of,
 )
+from .limits import power_of_two
 from .pool import pool, require_pooling
+from .reference import voters
 
 
 @triton.jit
 def _sum_observers(
-    b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, o_first, start, end, observers, scale, softcap,
+    b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, stride_lq, o_first, start, end, observers, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +67,7 @@ def _sum_observers(
         p_q = q + t * tl.cast(stride_qq, tl.int64) + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
         b_q = widened(tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
         # An infinite log-sum-exp gives the rows that are no observers a probability of zero.
-        b_lse = tl.load(lse + t + o_query + o_head * stride_lh, mask=m_m, other=float("inf"))
+        b_lse = tl.load(lse + t * stride_lq + o_query * stride_lq + o_head * stride_lh, mask=m_m, other=float("inf"))
         b_s, factor = exponents(b_k, b_q, scale, softcap, HAS_SOFTCAP, UPCAST)  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(b_s * factor - (b_lse * LOG2E)[None, :])
         if MASKED:
@@ -74,15 +80,15 @@ def _sum_observers(
 @triton.jit(
     do_not_specialize=[
         *("stride_lb", "stride_lh", "stride_mb", "stride_mh"),
-        *("observers", "queries", "keys", "scored", "kv_heads", "kv_rows"),
+        *("observers", "every", "keys", "scored", "kv_heads", "kv_rows"),
     ]
 )
 def _key_mass_kernel(
     q, stride_qb, stride_qh, stride_qq,
     k, stride_kb, stride_kh, stride_kt,
-    lse, stride_lb, stride_lh,
+    lse, stride_lb, stride_lh, stride_lq,
     mass, stride_mb, stride_mh,
-    observers, queries, keys, scored, kv_heads, kv_rows, scale, softcap,
+    observers, every, keys, scored, kv_heads, kv_rows, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -94,28 +100,27 @@ def _key_mass_kernel(
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
 
-    first_query = queries - observers
-    q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
+    q += i_b * stride_qb + i_h * GROUP * stride_qh
     k += i_b * stride_kb + i_h * stride_kh + i_n * tl.cast(stride_kt, tl.int64)
-    lse += i_b * stride_lb + i_h * GROUP * stride_lh + first_query
+    lse += i_b * stride_lb + i_h * GROUP * stride_lh
     mass += i_b * stride_mb + i_h * stride_mh + i_n
 
     m_n = o_n < scored - i_n
     p_k = k + o_n[:, None] * stride_kt + o_d[None, :]
     b_k = widened(tl.load(p_k, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
 
-    # Observer t sees keys up to past + t; `o_first` is the first observer that sees each key.
-    past = keys - observers
-    o_first = tl.maximum(i_n + o_n - past, 0)
-    start = tl.maximum(i_n - past, 0)
+    # Observer t sees keys up to past + t * every; `o_first` is the first observer that sees each key.
+    past = keys - 1 - (observers - 1) * every
+    o_first = (tl.maximum(i_n + o_n - past, 0) + every - 1) // every
+    start = (tl.maximum(i_n - past, 0) + every - 1) // every
     # From this observer on, every one sees all keys of the block: of the memory's blocks, from the first.
-    seen = tl.maximum(i_n + BLOCK_N - 1 - past, 0)
+    seen = (tl.maximum(i_n + BLOCK_N - 1 - past, 0) + every - 1) // every
     inside = tl.minimum(start + tl.cdiv(seen - start, QUERIES) * QUERIES, observers)
 
     b_mass = tl.zeros([BLOCK_N], tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
         b_mass = _sum_observers(
-            b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, o_first,
+            b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, stride_lq, o_first,
             start if MASKED else inside, inside if MASKED else observers, observers, scale, softcap,
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
             MASKED=MASKED, HAS_SOFTCAP=HAS_SOFTCAP, UPCAST=UPCAST,
@@ -148,14 +153,16 @@ def plan_key_mass(
     *,
     scale: float,
     rows: int,
+    stride: int = 1,
     softcap: float | None,
     target: Target,
     config: Config | None = None,
 ) -> Launch:
     """The launch of `key_mass` for checked arguments, pooling left out; `config` overrides the table."""
-    batch, _, queries, dim = q.shape
+    batch, _, _, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     scored = mass.shape[2]
+    q, lse = q[:, :, voters(q.shape[2], rows, stride)], lse[:, :, voters(q.shape[2], rows, stride)]
     if config is None:
         config = first_that_fits(_candidates(q.element_size(), power_of_two(dim, least=16), target), target)
     logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
@@ -165,10 +172,10 @@ def plan_key_mass(
         arguments={
             **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
-            **strided("lse", lse, ("stride_lb", "stride_lh")),
+            **strided("lse", lse, ("stride_lb", "stride_lh", "stride_lq")),
             **strided("mass", mass, ("stride_mb", "stride_mh")),
-            "observers": rows,
-            "queries": queries,
+            "observers": q.shape[2],
+            "every": stride,
             "keys": keys,
             "scored": scored,
             "kv_heads": kv_heads,
@@ -180,7 +187,9 @@ def plan_key_mass(
     )
 
 
-def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, pool_kernel: int, pooling: str) -> int:
+def require_scoring(
+    q: Tensor, k: Tensor, *, rows: int, stride: int, scored_keys: int | None, pool_kernel: int, pooling: str
+) -> int:
     """Check who observes, what is scored and how it is pooled; returns the number of scored keys.
 
     Raises:
@@ -188,6 +197,7 @@ def require_scoring(q: Tensor, k: Tensor, rows: int, scored_keys: int | None, po
     """
     queries, keys = q.shape[2], k.shape[2]
     require(1 <= rows <= queries, "rows", rows, f"must be 1..{queries}, the number of queries")
+    require(stride >= 1, "stride", stride, "must be at least 1")
     scored = keys if scored_keys is None else scored_keys
     require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
     require_pooling(pool_kernel, pooling)
@@ -201,6 +211,7 @@ def key_mass(
     *,
     scale: float,
     rows: int,
+    stride: int = 1,
     scored_keys: int | None = None,
     softcap: float | None = None,
     pool_kernel: int = 1,
@@ -217,6 +228,7 @@ def key_mass(
         lse: float32 [B, Hq, Q], from `chunk_attention` with the same scale and softcap.
         scale: factor on the logits, positive.
         rows: number of observing rows, 1..Q.
+        stride: every how manyth of them votes, counted back from the last.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
         pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
@@ -232,10 +244,11 @@ def key_mass(
     require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
     require_same_device("q", q, "lse", lse)
     require_logits(scale, softcap)
-    scored = require_scoring(q, k, rows, scored_keys, pool_kernel, pooling)
+    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
+    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, **pooled)
     mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass
-    launch = plan_key_mass(q, k, lse, mass, scale=scale, rows=rows, softcap=softcap, target=target_of(q.device))
-    launch.run(q.device)
+    target = target_of(q.device)
+    plan_key_mass(q, k, lse, mass, scale=scale, rows=rows, stride=stride, softcap=softcap, target=target).run(q.device)
     return pool(mass, pool_kernel, pooling)

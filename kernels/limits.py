@@ -1,6 +1,11 @@
-"""What the kernels take, without importing torch or Triton: the planner and the kernels ask the same functions."""
+"""What the kernels take and how a step is launched, without importing torch or Triton.
+
+The kernels and the planner ask the same functions, so a plan knows which buffers a step allocates.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 MAX_HEAD_SIZE = 256
 # Float32 elements of one score block of the reference kernels: 16 MiB. Its exponentials and its mask are temporaries of
@@ -8,6 +13,22 @@ MAX_HEAD_SIZE = 256
 _BLOCK_ELEMENTS = 4 * 2**20
 # Ways to pool scores over neighbouring keys, by the names of SnapKV's code.
 POOLINGS = ("max", "avg")
+# Generations with both the bulk tensor copy engine and shared memory enough to feed it.
+COPYING_MAJORS = (9, 10)
+# Scores that a program which selects looks through at a time.
+TILE = 2048
+# Most rows (observing queries times heads of the group) of the kernel that compresses after another forward pass.
+MOST_COMPRESSED_ROWS = 128
+
+# What a multiprocessor does in a clock, for the comparisons below. Products: half of the dense bfloat16 peak that the
+# A100, H100 and B200 data sheets give, per multiprocessor and clock; about what the kernels are estimated to reach.
+# Moved bytes: half of the 64 bytes that a multiprocessor takes from the L2 cache. Clocks of a load that the next one
+# waits for: an access of the L2 cache. Clocks between two launches in one stream: three microseconds. None of them has
+# been measured by this project.
+_FLOPS_PER_CLOCK = {8: 1024.0, 9: 2048.0, 10: 4096.0}
+_MOVED_BYTES_PER_CLOCK = 32.0
+_LOAD_CLOCKS = 700.0
+_LAUNCH_CLOCKS = 5000.0
 
 
 def head_size_supported(head_dim: int) -> bool:
@@ -18,3 +39,119 @@ def head_size_supported(head_dim: int) -> bool:
 def rows_per_block(rows: int, elements_per_row: int) -> int:
     """How many of `rows` query rows, with so many scores each, the reference kernels take at once."""
     return min(rows, max(1, _BLOCK_ELEMENTS // max(1, elements_per_row)))
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and at least `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def attention_rows(head_dim: int, major: int) -> int:
+    """Rows of queries that a program of the attention kernels owns, of 16-bit tensors that load in whole vectors.
+
+    Generation 0 is the interpreter, which takes all tensors alike.
+    """
+    if major == 0:
+        return 32
+    return 64 if head_dim > 128 and major not in COPYING_MAJORS else 128
+
+
+def fused_step_fits(head_dim: int, element_size: int, major: int) -> bool:
+    """Whether the compiler has registers enough for one kernel that does a whole step.
+
+    Not in float32, and where keys come by addresses only for head sizes that need no mask: with 96 on sm_80 it spills.
+    """
+    return element_size == 2 and (major in COPYING_MAJORS or head_dim == power_of_two(head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """Sizes of one layer's step: rows of the batch, heads, queries, keys, head size, bytes per element, and so on.
+
+    `observers` are the last queries, of which some vote; `keep` keys are kept per KV head.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    element_size: int
+    observers: int
+    keep: int
+    pool_kernel: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q_heads // self.kv_heads
+
+    def product(self, rows: int, major: int) -> float:
+        """Clocks of one product of a block of rows with one key."""
+        flops = _FLOPS_PER_CLOCK.get(major, _FLOPS_PER_CLOCK[8])
+        return 2.0 * rows * power_of_two(self.dim, least=16) / flops
+
+    @property
+    def selected(self) -> float:
+        """Clocks in which one program pools the scores, finds the threshold and places the kept keys.
+
+        It reads them `pool_kernel` times to pool them, four times to find the threshold and once to place what is kept.
+        """
+        return self.keys / TILE * (self.pool_kernel + 5) * _LOAD_CLOCKS
+
+    @property
+    def moved(self) -> float:
+        """Clocks in which one program moves the kept keys and values of a KV head, read and written."""
+        return 4.0 * self.keep * self.dim * self.element_size / _MOVED_BYTES_PER_CLOCK
+
+
+def step_in_one_launch(work: StepSizes, block_rows: int, major: int, multiprocessors: int) -> bool:
+    """Whether the observers of a KV head fit one program of `block_rows`, which is done before the rest of the device.
+
+    The owner of a KV head's observers attends to all keys, multiplies with all of them once more, selects and moves: a
+    chain of work for one multiprocessor. Meanwhile the others attend, on as many multiprocessors as there are. The
+    chain is compared with all work shared out evenly: where it is longer, the step would wait for it, and separate
+    launches spread scoring and moving over the device.
+
+    Args:
+        work: the sizes.
+        block_rows: rows of queries that a program owns.
+        major: generation of the chip.
+        multiprocessors: of the chip.
+    """
+    block_queries = block_rows // work.group
+    if block_queries == 0 or work.observers > block_queries or work.keep == 0:
+        return False
+    product = work.product(block_rows, major)
+    chain = 3.0 * product * work.keys + work.selected + work.moved
+    blocks = work.batch * work.kv_heads * -(-work.queries // block_queries)
+    mean_keys = work.keys - work.queries / 2
+    compression = work.batch * work.kv_heads * (product * work.keys + work.selected + work.moved)
+    return chain <= (2.0 * product * mean_keys * blocks + compression) / multiprocessors
+
+
+def compression_rows(work: StepSizes) -> int:
+    """Rows of the block in which one program has all observers of a KV head."""
+    return power_of_two(work.observers * work.group, least=16)
+
+
+def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int) -> bool:
+    """Whether one launch with a program per KV head compresses sooner than separate launches over the whole device.
+
+    The chain of one program is compared with the same work shared out evenly, the gaps between the launches, and the
+    32 passes in which the separate selection finds its threshold bit by bit.
+
+    Args:
+        work: the sizes.
+        major: generation of the chip.
+        multiprocessors: of the chip.
+    """
+    rows = compression_rows(work)
+    if rows > MOST_COMPRESSED_ROWS or work.keep == 0:
+        return False
+    heads = work.batch * work.kv_heads
+    scoring = work.product(rows, major) * work.keys
+    chain = (scoring + work.selected + work.moved) * -(-heads // multiprocessors)
+    gaps = (3 + (work.pool_kernel > 1)) * _LAUNCH_CLOCKS
+    return chain <= (scoring + work.moved) * heads / multiprocessors + 32 * _LOAD_CLOCKS + gaps

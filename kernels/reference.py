@@ -23,10 +23,20 @@ def _row_blocks(first: int, last: int, elements_per_row: int) -> Iterator[tuple[
         yield start, min(step, last - start)
 
 
+def voters(queries: int, rows: int, stride: int) -> slice:
+    """Those of the last `rows` of the queries that vote: every `stride`-th, counted back from the last one."""
+    return slice(queries - 1 - (rows - 1) // stride * stride, queries, stride)
+
+
 def _visible(first_row: int, rows: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Boolean [rows, keys]: which of all `keys` the rows first_row.. of `queries` may see."""
-    row = torch.arange(first_row, first_row + rows, device=device)[:, None] + (keys - queries)
-    column = torch.arange(keys, device=device)[None, :]
+    return _seen_from(torch.arange(first_row, first_row + rows, device=device), queries, keys, window)
+
+
+def _seen_from(rows: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
+    """Boolean [rows, keys]: which of all `keys` these `rows` of `queries` may see."""
+    row = rows[:, None] + (keys - queries)
+    column = torch.arange(keys, device=rows.device)[None, :]
     seen = column <= row
     return seen if window is None else seen & (column > row - window)
 
@@ -81,6 +91,7 @@ def key_mass(
     *,
     scale: float,
     rows: int,
+    stride: int = 1,
     scored_keys: int | None = None,
     softcap: float | None = None,
     pool_kernel: int = 1,
@@ -98,6 +109,7 @@ def key_mass(
         lse: float32 [B, Hq, Q].
         scale: factor on the logits.
         rows: number of observing rows, 1..Q.
+        stride: every how manyth of them votes, counted back from the last.
         scored_keys: only keys 0..scored_keys-1 are scored (the observers' own keys come last); None scores all.
         softcap: as in `chunk_attention`.
         pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
@@ -109,11 +121,14 @@ def key_mass(
     batch, q_heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
+    voting = voters(queries, rows, stride)
+    q, lse = q[:, :, voting], lse[:, :, voting]
+    numbers = torch.arange(queries, device=q.device)[voting]
     scored = keys if scored_keys is None else scored_keys
     mass = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=q.device)
     seen = torch.zeros(keys, dtype=torch.float32, device=q.device)
-    for first, count in _row_blocks(queries - rows, queries, batch * group * keys):
-        visible = _visible(first, count, queries, keys, None, q.device)
+    for first, count in _row_blocks(0, q.shape[2], batch * group * keys):
+        visible = _seen_from(numbers[first : first + count], queries, keys, None)
         seen += visible.sum(dim=0)
         block = slice(first, first + count)
         for head in range(kv_heads):

@@ -23,13 +23,12 @@ from ._launch import (
     FLOATS,
     INTERPRETED,
     Launch,
-    power_of_two,
     require,
     require_same_device,
     require_tensor,
     strided,
 )
-from .limits import MAX_HEAD_SIZE
+from .limits import MAX_HEAD_SIZE, power_of_two
 
 BLOCK = 32
 

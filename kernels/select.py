@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import ordered, places
-from ._launch import INTERPRETED, Launch, power_of_two, require_tensor, strided
+from ._launch import INTERPRETED, Launch, require_tensor, strided
+from .limits import power_of_two
 from .reference import require_selection
 
 RESIDENT = 16384

@@ -112,7 +112,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, **logits: Any) -> Tensor:
     return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
-def mass_of(q: Tensor, k: Tensor, *, rows: int, lse: Tensor | None = None, **logits: Any) -> Tensor:
+def mass_of(q: Tensor, k: Tensor, *, rows: int, stride: int = 1, lse: Tensor | None = None, **logits: Any) -> Tensor:
     """Mass of every key [B, Hkv, T] from the whole matrix of probabilities, head by head.
 
     With `lse` [B, Hq, Q] the probabilities are powers of two of the distance to it, as on a device.
@@ -121,15 +121,18 @@ def mass_of(q: Tensor, k: Tensor, *, rows: int, lse: Tensor | None = None, **log
     kv_heads, keys = k.shape[1], k.shape[2]
     table = logits_of(q, k, **logits)
     weights = table.softmax(dim=-1) if lse is None else torch.exp2(table * LOG2E - (lse * LOG2E)[..., None])
-    weights = weights[:, :, queries - rows :]
-    seen = visible(queries, keys, logits["window"], q.device)[queries - rows :].sum(dim=0)
+    voting = [row for row in range(queries - rows, queries) if (queries - 1 - row) % stride == 0]
+    weights = weights[:, :, voting]
+    seen = visible(queries, keys, logits["window"], q.device)[voting].sum(dim=0)
     summed = torch.zeros(batch, kv_heads, keys, dtype=q.dtype, device=q.device)
     for head in range(q_heads):
         summed[:, head // (q_heads // kv_heads)] += weights[:, head].sum(dim=1)
     return summed / (seen * (q_heads // kv_heads)).clamp_min(1)
 
 
-def masses_in_several_orders(case: Case, q: Tensor, k: Tensor, lse: Tensor, *, rows: int) -> list[Tensor]:
+def masses_in_several_orders(
+    case: Case, q: Tensor, k: Tensor, lse: Tensor, *, rows: int, stride: int = 1
+) -> list[Tensor]:
     """PyTorch's mass in float32 with the head dimensions and the heads of each group shuffled: orders of its sums."""
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -138,7 +141,7 @@ def masses_in_several_orders(case: Case, q: Tensor, k: Tensor, lse: Tensor, *, r
         order = torch.arange(case.kv_heads)[:, None] * case.group + torch.randperm(case.group, generator=generator)
         heads = order.flatten().to(q.device)
         queries, keys = q.float()[:, heads][..., dims], k.float()[..., dims]
-        found.append(mass_of(queries, keys, rows=rows, lse=lse[:, heads], **case.logits))
+        found.append(mass_of(queries, keys, rows=rows, stride=stride, lse=lse[:, heads], **case.logits))
     return found
 
 

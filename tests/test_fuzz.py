@@ -262,6 +262,7 @@ def calls(draw: st.DrawFn) -> Call:
             st.one_of(st.sampled_from(["auto", "per_step"]), st.floats(0.05, 1.0), st.integers(1, memory))
         ),
         "observation_tokens": draw(st.integers(1, 20)),
+        "observation_stride": draw(st.sampled_from([1, 1, 2, 5])),
         "pooling": draw(st.sampled_from(["max", "avg"])),
         "pool_kernel": draw(st.sampled_from([1, 3, 15])),
         "sink_tokens": sinks,

@@ -82,7 +82,7 @@ def test_production_configurations_neither_spill_nor_overflow(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["rows"]
     compiled = {(row["kernel"], row["capability"]) for row in rows}
-    kernels = {"chunk_attention", "fused_step", "key_mass", "select", "pool", "compact", "rotate"}
+    kernels = {"chunk_attention", "fused_step", "compress", "key_mass", "select", "pool", "compact", "rotate"}
     assert compiled == {(kernel, capability) for kernel in kernels for capability in (80, 90, 100)}
     for row in rows:
         assert row["spilled_bytes"] == row["stack_bytes"] == 0, row

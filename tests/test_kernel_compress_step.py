@@ -23,11 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from imdc.kernels import _launch, reference
+from imdc.kernels import _launch, compress, reference
 from imdc.kernels import compress_step as module
-from imdc.kernels._launch import Config, target
-from imdc.kernels.chunk_attention import attention_config
-from imdc.kernels.compress_step import compress_step, one_launch_pays
+from imdc.kernels._launch import Config
+from imdc.kernels.compress_step import compress_step
 
 # Groups of 1, 3, 4, 7 and 8; ragged lengths, empty memory, a one-token chunk, capped logits.
 CASES = (
@@ -38,13 +37,14 @@ CASES = (
     Case(1, 2, 7, 37, 101, 80),
     Case(1, 1, 4, 1, 1, 16),
 )
-WAYS = ["one launch", "several"]
+WAYS = ["one launch", "two", "several"]
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Takes one of the two ways, whatever pays."""
-    monkeypatch.setattr(module, "one_launch_pays", lambda *_, **__: request.param == "one launch")
+    """Takes one of the ways, whatever pays: all in one launch, one after the forward pass, or each part by itself."""
+    monkeypatch.setattr(module, "one_launch_pays", lambda *_: request.param == "one launch")
+    monkeypatch.setattr(compress, "one_launch_pays", lambda *_: request.param == "two")
     return str(request.param)
 
 
@@ -173,17 +173,17 @@ def test_allocates_and_launches_what_it_documents(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_launch.Launch, "run", lambda self, device: launched.append(self.kernel.__name__))
     with Recorder() as recorder, poisoned_memory() as allocated:
         compress_step(q, k, v, keep=40, rows=8, scored_keys=100, pool_kernel=pool_kernel, **options(CASES[0]))
-    fused = way == "one launch"
-    assert len(launched) == len(set(launched)) == (1 if fused else 4 if pool_kernel == 1 else 5)
+    fused, several = way == "one launch", way == "several"
+    assert len(launched) == len(set(launched)) == (1 if fused else 2 if way == "two" else 4 + (pool_kernel > 1))
 
     # Filling is the poison's doing; anything else, such as reading a value back, would be a wait for the device.
-    assert set(recorder.called) <= {"empty", "new_empty", "empty_like", "transpose", "fill_"}
+    assert set(recorder.called) <= {"empty", "new_empty", "empty_like", "transpose", "slice", "fill_"}
     score_bytes = 2 * 100 * 4
     expected = {
         "output": q.numel() * 2,
         **({} if fused else {"log-sum-exp": 8 * 50 * 4}),
         "scores": score_bytes,
-        **({"ranks, or pooled scores": score_bytes} if fused or pool_kernel > 1 else {}),
+        **({"ranks, or pooled scores": score_bytes} if not several or pool_kernel > 1 else {}),
         "indices": 2 * 40 * 8,
         "new keys": 2 * 40 * 64 * 2,
         "new values": 2 * 40 * 64 * 2,
@@ -191,37 +191,41 @@ def test_allocates_and_launches_what_it_documents(monkeypatch: pytest.MonkeyPatc
     assert sorted(x.numel() * x.element_size() for x in allocated) == sorted(expected.values())
 
 
-# Llama-3.1-8B on an H100: a chunk of one wave of programs would wait for the owners, one of eight waves hides them.
-@pytest.mark.parametrize(
-    ("heads", "queries", "keys", "rows", "pays"),
-    [
-        ((32, 8), 4096, 8192, 16, True),
-        ((32, 8), 4096, 4096, 32, True),
-        ((32, 8), 4096, 8192, 33, False),
-        ((32, 8), 4096, 8192, 4096, False),
-        ((32, 8), 512, 4608, 16, False),
-        ((4, 1), 4096, 8192, 16, False),
-        ((64, 8), 8192, 12288, 16, True),
-        ((64, 8), 8192, 12288, 17, False),
-    ],
-)
-def test_one_launch_is_taken_where_the_owners_are_done_first(
-    heads: tuple[int, int], queries: int, keys: int, rows: int, pays: bool
-) -> None:
-    q = torch.empty(1, heads[0], queries, 128, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(1, heads[1], keys, 128, dtype=torch.bfloat16, device="meta")
-    chip = target(9, 0)
-    config = attention_config(q, k, k, chip)
-    assert one_launch_pays(q, k, rows=rows, keep=4096, pool_kernel=15, config=config, target=chip) == pays
+def test_a_library_s_forward_is_taken_and_its_log_sum_exp_checked(way: str) -> None:
+    case = CASES[0]
+    q, k, v = case.tensors(torch.bfloat16)
+    arguments: dict[str, Any] = {"keep": 40, "rows": 8, "pool_kernel": 5, **options(case)}
+    called: list[dict[str, Any]] = []
+
+    def library(*tensors: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        called.append(given)
+        out, lse = reference.chunk_attention(*tensors, **given)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+    out, new_k, _, indices = compress_step(q, k, v, forward=library, **arguments)
+    assert called == [options(case)]
+    assert torch.equal(out, reference.chunk_attention(q, k, v, **options(case))[0])
+    assert torch.equal(new_k, reference.compact(k, v, indices)[0])
+    lse = reference.chunk_attention(q, k, v, **options(case))[1]
+    mass = reference.key_mass(q, k, lse, rows=8, pool_kernel=5, **options(case))
+    best = mass.topk(40, dim=-1).values.sum()
+    assert mass.gather(-1, indices).sum() >= best * (1 - 1e-5)
+    with pytest.raises(ValueError, match=r"lse\.shape = \[1, 50, 8\]: must be \[1, 8, 50\]"):
+        compress_step(q, k, v, forward=lambda *_, **__: (out, lse.transpose(1, 2)), **arguments)
 
 
-@pytest.mark.parametrize(("dtype", "padding"), [(torch.float32, 0), (torch.bfloat16, 4)], ids=["float32", "unaligned"])
-def test_one_launch_is_not_taken_where_its_code_would_spill(dtype: torch.dtype, padding: int) -> None:
-    q = torch.empty(1, 32, 4096, 128, dtype=dtype, device="meta")
-    k = torch.empty(1, 8, 8192, 128 + padding, dtype=dtype, device="meta")[..., :128]
-    chip = target(9, 0)
-    options = {"rows": 1, "keep": 4096, "pool_kernel": 15, "config": attention_config(q, k, k, chip)}
-    assert not one_launch_pays(q, k, target=chip, **options)
+@pytest.mark.parametrize("stride", [2, 3, 7, 50])
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_every_nth_observer_votes(case: Case, stride: int, way: str) -> None:
+    q, k, v = case.tensors(torch.float32)
+    scored, rows = case.keys - case.queries // 4, observers(case)
+    with poisoned_memory() as allocated:
+        compress_step(q, k, v, rows=rows, stride=stride, keep=scored // 2, scored_keys=scored, **options(case))
+    mass = next(x for x in allocated if x.shape == (case.batch, case.kv_heads, scored) and x.dtype == torch.float32)
+    lse = reference.chunk_attention(q, k, v, **case.logits)[1]
+    truth = mass_of(q.double(), k.double(), rows=rows, stride=stride, **case.logits)[..., :scored]
+    rivals = [x[..., :scored] for x in masses_in_several_orders(case, q, k, lse, rows=rows, stride=stride)]
+    assert_near(mass, truth, rivals, factor=4.0)
 
 
 @pytest.mark.skipif(not ON_DEVICE, reason="needs a CUDA device: the interpreter has nothing to wait for")
@@ -249,6 +253,7 @@ def test_two_runs_give_the_same_bits(way: str) -> None:
         ({"keep": 40, "scored_keys": 30}, r"keep = 40: must be 0 .*\.\.30"),
         ({"keep": 5, "sink_tokens": 6}, r"keep = 5: must be 6"),
         ({"rows": 51}, r"rows = 51: must be 1\.\.50"),
+        ({"stride": 0}, r"stride = 0: must be at least 1"),
         ({"pool_kernel": 2}, r"pool_kernel = 2: must be odd"),
         ({"pooling": "mean"}, r"pooling = 'mean': must be one of 'max', 'avg'"),
         ({"scored_keys": 118}, r"scored_keys = 118"),

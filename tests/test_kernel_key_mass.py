@@ -37,15 +37,18 @@ def options(case: Case) -> dict[str, Any]:
     return {"scale": case.logits["scale"], "softcap": case.softcap}
 
 
-def check(case: Case, dtype: torch.dtype, rows: int, layout: Any = None) -> None:
+def check(case: Case, dtype: torch.dtype, rows: int, layout: Any = None, stride: int = 1) -> None:
     q, k, v = case.tensors(dtype)
     lse = attention_oracle(q, k, v, **case.logits)[1].float()
     with poisoned_memory():
-        mass = key_mass(q, k if layout is None else layout(k), lse, rows=rows, **options(case))
+        mass = key_mass(q, k if layout is None else layout(k), lse, rows=rows, stride=stride, **options(case))
     assert mass.dtype == torch.float32
-    truth = mass_of(q.double(), k.double(), rows=rows, **case.logits)
+    truth = mass_of(q.double(), k.double(), rows=rows, stride=stride, **case.logits)
     # Products of 16-bit numbers are exact in float32, in which the kernel sums them: so does its rival.
-    assert_near(mass, truth, masses_in_several_orders(case, q, k, lse, rows=rows), factor=4.0, softcap=case.softcap)
+    rivals = masses_in_several_orders(case, q, k, lse, rows=rows, stride=stride)
+    assert_near(mass, truth, rivals, factor=4.0, softcap=case.softcap)
+    plain = reference.key_mass(q.float(), k.float(), lse, rows=rows, stride=stride, **options(case))
+    assert_near(plain, truth, rivals, factor=4.0, softcap=case.softcap)
 
 
 @pytest.mark.parametrize("case", SCORED, ids=str)
@@ -57,6 +60,28 @@ def test_last_rows_agree_with_float64(case: Case) -> None:
 @pytest.mark.parametrize("case", SCORED[:3], ids=str)
 def test_all_rows_agree_with_float64(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, rows=case.queries)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 9, 1000])
+@pytest.mark.parametrize("case", SCORED[:4], ids=str)
+def test_every_nth_row_votes(case: Case, stride: int) -> None:
+    check(case, torch.bfloat16, rows=case.queries, stride=stride)
+
+
+def test_a_stride_is_unbiased() -> None:
+    """The mean over its possible beginnings is what all rows say, for keys that all rows see."""
+    q, k, v = RAGGED.tensors(torch.float32)
+    lse = attention_oracle(q, k, v, **RAGGED.logits)[1].float()
+    past = RAGGED.keys - RAGGED.queries
+    begun = [
+        key_mass(
+            q[:, :, : 48 - shift], k[:, :, : past + 48 - shift], lse[:, :, : 48 - shift], rows=45, stride=4,
+            scored_keys=past, **options(RAGGED),
+        )
+        for shift in range(4)
+    ]  # fmt: skip
+    whole = key_mass(q[:, :, :48], k[:, :, : past + 48], lse[:, :, :48], rows=48, scored_keys=past, **options(RAGGED))
+    torch.testing.assert_close(torch.stack(begun).mean(dim=0), whole, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("blocks", [(64, 128), (64, 64), (16, 32)], ids=str)
@@ -151,6 +176,7 @@ def assert_pooled(pooled: torch.Tensor, scores: torch.Tensor, width: int, poolin
     [
         ({"rows": 0}, r"rows = 0: must be 1\.\.5"),
         ({"rows": 6}, r"rows = 6: must be 1\.\.5"),
+        ({"stride": 0}, r"stride = 0: must be at least 1"),
         ({"scored_keys": 10}, r"scored_keys = 10: must be 0\.\.9"),
         ({"scored_keys": -1}, r"scored_keys = -1"),
         ({"pool_kernel": 4}, r"pool_kernel = 4: must be odd"),

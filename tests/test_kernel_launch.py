@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from imdc.kernels._launch import Config, aligned, first_that_fits, require_tensor, target
 from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
 from imdc.kernels.compact import plan_compact
+from imdc.kernels.compress import plan_compress
 from imdc.kernels.fused_step import plan_fused_step
 from imdc.kernels.key_mass import plan_key_mass
 from imdc.kernels.pool import plan_pool
@@ -102,6 +103,12 @@ def test_programs_are_counted_where_the_grid_has_room() -> None:
             *(wide, wide, wide, wide, wide, lse, ranks, indices, kept, kept),
             **{"rows": 1, "pool_kernel": 1, "pooling": "max", "sink_tokens": 0, "recent_tokens": 0},
             config=attention_config(wide, wide, wide, chip),
+            **logits,
+        ),
+        plan_compress(
+            *(wide, wide, wide, wide, lse, lse, ranks, indices, kept, kept),
+            **{"rows": 1, "stride": 1, "pool_kernel": 1, "pooling": "max", "sink_tokens": 0, "recent_tokens": 0},
+            config=Config(16, 64, 4, 1),
             **logits,
         ),
         plan_pool(lse, lse, pool_kernel=3, pooling="max"),

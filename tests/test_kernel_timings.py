@@ -93,6 +93,7 @@ def test_a_whole_run_writes_what_it_measured(
     monkeypatch.setattr(timings, "describe_device", lambda: {"name": "none"})
     monkeypatch.setattr(sys.modules["record"], "circumstances", dict)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(sys.modules["device_clock"], "MOST_RUNS", 3)
     monkeypatch.setattr(sys.modules["device_clock"], "LEAST_RUNS", 2)
     assert timings.main(["--out", str(tmp_path), "--commit", "abc", "--sweep"]) == 0
@@ -101,7 +102,9 @@ def test_a_whole_run_writes_what_it_measured(
     assert record["commit"] == "abc" and record["device"] == {"name": "none"}
     assert [verdict["memory"] for verdict in record["verdicts"]] == [0, 32]
     unavailable = {row["name"] for row in record["rows"] if "unavailable" in row}
-    assert {"step: flash", "attention: sdpa cudnn"} <= unavailable
+    assert {"step: flash", "step: varlen", "attention: sdpa cudnn"} <= unavailable
+    assert record["flash_generation"] is None
+    assert record["verdicts"][1]["step_milliseconds"] == {"triton": 3.0, "sdpa": 3.0, "reference": 3.0}
     timed = {row["name"]: row for row in record["rows"] if "unavailable" not in row}
     assert {
         "step: triton",

@@ -38,7 +38,7 @@ def observation(
     )  # fmt: skip
 
 
-def dense_mass(seen: Observation, rows: int) -> torch.Tensor:
+def dense_mass(seen: Observation, rows: int, stride: int = 1) -> torch.Tensor:
     """The definition, head by head and key by key, from the whole attention matrix in float64."""
     queries, keys = seen.q.shape[2], seen.k.shape[2]
     group = HQ // HKV
@@ -47,7 +47,7 @@ def dense_mass(seen: Observation, rows: int) -> torch.Tensor:
         for j in range(seen.scored_keys):
             found = []
             for head in range(kv_head * group, (kv_head + 1) * group):
-                for i in range(queries - rows, queries):
+                for i in range(queries - 1, queries - rows - 1, -stride):
                     visible = keys - queries + i + 1
                     if j < visible:
                         logits = seen.k[0, kv_head, :visible].double() @ seen.q[0, head, i].double() * seen.scale
@@ -67,6 +67,14 @@ def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
     seen = observation(observer, backend, tail=tail)
     scores = find_observer(observer).score(seen)
     torch.testing.assert_close(scores.double(), dense_mass(seen, rows), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 5, 30])
+@pytest.mark.parametrize(("observer", "rows"), [("window", 4), ("all_queries", 12)])
+def test_with_a_stride_every_nth_query_votes_and_the_last_one_always(observer: str, rows: int, stride: int) -> None:
+    seen = observation(observer, REFERENCE, tail=0, observation_stride=stride)
+    scores = find_observer(observer).score(seen)
+    torch.testing.assert_close(scores.double(), dense_mass(seen, rows, stride), atol=1e-6, rtol=1e-5)
 
 
 def test_pooling_over_the_wrong_heads_would_be_seen() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.layer_budgets import planned_layers
-from imdc.model.backend_rule import ALL_PACKAGES, AttentionTraits, choose_backend
+from imdc.model.backend_rule import ANY_MACHINE, AttentionTraits, Machine, choose_backend
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_after
@@ -24,7 +24,7 @@ MOST_STEPS = 4096
 
 
 def execution(
-    shape: ModelShape, batch: Batch, config: PrefillConfig, device: str, packages: Set[str] = ALL_PACKAGES
+    shape: ModelShape, batch: Batch, config: PrefillConfig, device: str, machine: Machine = ANY_MACHINE
 ) -> tuple[str, bool]:
     """(backend, compact positions) that a prefill will use: what "auto" of either becomes for this model.
 
@@ -33,13 +33,13 @@ def execution(
         batch: what is read.
         config: the options.
         device: type of the device, such as "cuda" or "cpu".
-        packages: of `ALL_PACKAGES`, those installed where the prefill will run.
+        machine: where the prefill will run.
 
     Raises:
         ConfigError: the backend that is asked for cannot serve the model.
     """
     traits = AttentionTraits(device, shape.dtype, shape.head_dim, shape.softcap)
-    backend, _ = choose_backend(config.backend, traits, packages)
+    backend, _ = choose_backend(config.backend, traits, machine)
     read, written = batch.prompt_tokens, batch.new_tokens
     return backend, compact_positions(batch.seen_tokens, read, written, shape.max_positions, config, shape.full_layers)
 
@@ -131,7 +131,11 @@ def peak_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig, device: s
 
 
 def foresee(
-    shape: ModelShape, batch: Batch, config: PrefillConfig, chosen: tuple[str, bool]
+    shape: ModelShape,
+    batch: Batch,
+    config: PrefillConfig,
+    chosen: tuple[str, bool],
+    machine: Machine = ANY_MACHINE,
 ) -> tuple[tuple[Step, ...], tuple[StepFootprint, ...], tuple[StepFootprint, ...]]:
     """(steps, their footprints, those of what follows them), for a config whose chunk_tokens is a number.
 
@@ -140,11 +144,12 @@ def foresee(
         batch: what is read.
         config: the options; sizes that were left out are made to fit the model's window where positions are compact.
         chosen: backend and whether positions are compact, as `execution` says.
+        machine: where the prefill will run.
     """
     backend, compact = chosen
     config = fitted(config, shape.max_positions) if compact else config
     steps = balanced_steps(shape, batch.prompt_tokens, config, stored_tokens=batch.stored_tokens)
-    footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch)
+    footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch, machine=machine)
     fullest = max(planned_layers(config, shape.full_layers, steps)[-1], default=0)
     return steps, footprints, predict_after(shape, config, batch, steps[-1].memory_after, fullest)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from imdc.config import PrefillConfig
 from imdc.layer_budgets import planned_layers
+from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept, decoding_bytes, stacking_bytes, waiting_bytes
 from imdc.planner.layer_bytes import Layers, Phase, Work, phases
@@ -63,6 +64,7 @@ def predict(
     backend: str = "triton",
     compact: bool = False,
     batch: Batch | None = None,
+    machine: Machine = ANY_MACHINE,
 ) -> tuple[StepFootprint, ...]:
     """The footprint of every step of a prefill of one prompt row, the last one of a batch.
 
@@ -70,9 +72,10 @@ def predict(
         shape: the model.
         config: the options; its schedule has been turned into `steps` already.
         steps: the steps in order, as `build_steps` gives them.
-        backend: "triton", "flash", "sdpa" or "reference": which temporaries attention and scoring need.
+        backend: "triton", "flash", "varlen", "sdpa" or "reference": which temporaries attention and scoring need.
         compact: the memory is numbered anew at every step, which takes rotated copies of the keys.
         batch: what surrounds that row; None is one prompt, read by hand into an empty cache.
+        machine: where it runs; how a step is launched depends on it.
     """
     footprints, workspace_keys = [], 0
     batch = batch or Batch(sum(step.chunk_tokens for step in steps))
@@ -81,7 +84,8 @@ def predict(
     tails = tail_rows(steps, config, full_layers=shape.full_layers)
     for step, tail, before, after in zip(steps, tails, held, held[1:], strict=False):
         layers = tuple(zip(before, after, strict=True)) if len({*before}) > 1 or len({*after}) > 1 else ()
-        work = Work(shape, config, step, tail, step is steps[-1], backend, compact, batch.seen_tokens, layers)
+        last = step is steps[-1]
+        work = Work(shape, config, step, tail, last, backend, compact, batch.seen_tokens, layers, machine)
         workspace_keys = max(workspace_keys, work.keys)
         footprints.append(replace(_peak(work, workspace_keys), others=waiting))
     return tuple(footprints)
@@ -172,7 +176,7 @@ def _flops(work: Work) -> int:
     full_pairs = rows * before + rows * (rows + 1) // 2
     sliding_pairs = min(full_pairs, rows * (shape.window or 0))
     pairs = shape.full_layers * full_pairs + shape.sliding_layers * sliding_pairs
-    scored = shape.full_layers * work.observing_rows * (before + rows)
+    scored = shape.full_layers * work.voting_rows * (before + rows)
     head = 2 * shape.vocab * shape.hidden if work.last else 0
     return 2 * rows * active * shape.layers + 4 * queries * pairs + 2 * queries * scored + head
 

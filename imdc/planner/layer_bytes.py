@@ -7,8 +7,9 @@ prompt tail, r = c + t, T = memory_before + r, b bytes per element, H hidden, I 
     heads       r * b * (3 H + Q) + 8 r Q  query norm, in models that have one
     rotary      r * b * (3 H + 4 Q + 2 K)  queries, their two products, half-swapped copy or sum; keys, values
     attention   r * b * (3 H + Q + 2 K)    and what the backend needs, see `_attention`
-    scoring     the same, output, log-sum-exp and what the observer needs, see `_scoring`
-    selection   the same without rotated copies (unless a fused step holds them), and what selecting needs
+    compression the same, output, and what one call that attends, scores and selects allocates, see `_compression`
+    scoring     elsewhere: the same, output, log-sum-exp and what the observer needs, see `_scoring`
+    selection   the same without rotated copies, and what selecting needs
     compaction  the same, scores and the kept indices
     output      r * b * (4 H + 3 Q + 2 K)  attention output, its copy in row order, the projection
     mlp         r * b * (4 H + 3 I)        embedding, layer input, residual, norm; gate, up, product
@@ -24,9 +25,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imdc.config import PrefillConfig
-from imdc.kernels.limits import rows_per_block
+from imdc.kernels.limits import (
+    StepSizes,
+    attention_rows,
+    compression_in_one_launch,
+    fused_step_fits,
+    rows_per_block,
+    step_in_one_launch,
+)
+from imdc.model.backend_rule import ANY_MACHINE, KERNELS, Machine
 from imdc.model.shape import ModelShape
-from imdc.observers import find_observer
+from imdc.observers import Questions, find_observer
 from imdc.schedule import Step, observing_rows
 
 
@@ -66,7 +75,7 @@ class Work:
     """What one step of a plan asks of a model; r, T and the rest as in the module's text.
 
     `seen_tokens` were read by earlier turns. `layers` are the KV pairs of each full-attention layer before and after,
-    where these differ.
+    where these differ. `machine` is where it runs.
     """
 
     shape: ModelShape
@@ -78,6 +87,7 @@ class Work:
     compact: bool
     seen_tokens: int = 0
     layers: tuple[tuple[int, int], ...] = ()
+    machine: Machine = ANY_MACHINE
 
     @property
     def rows(self) -> int:
@@ -112,6 +122,19 @@ class Work:
         """Query rows that score keys, 0 where nothing is dropped or the observer asks no queries."""
         return (observing_rows(self.config, self.step.chunk_tokens, self.tail) or 0) if self.drops else 0
 
+    @property
+    def voting_rows(self) -> int:
+        """Those of them that vote."""
+        return -(-self.observing_rows // self.config.observation_stride)
+
+    @property
+    def in_one_call(self) -> bool:
+        """Whether one call of the backend attends, scores and selects."""
+        observer = find_observer(self.config.observer)
+        # Several questions attend one after another, see `imdc.prefill.step`.
+        apart = isinstance(observer, Questions) and len(observer.questions) > 1
+        return self.backend in KERNELS and self.observing_rows > 0 and observer.is_mass and not apart
+
 
 def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     """The phases of one layer of that kind, and of what follows the layers."""
@@ -130,20 +153,32 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
 
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
     turned, turning, own = _attention(work, layers)
-    yield Phase("attention", states, max(turning, turned + own), layer_memory="none")
     output = unit * queries
+    candidates = layers.before + work.step.chunk_tokens
+    evicts = layers.after < candidates and layers.window is None
+    if evicts and work.in_one_call:
+        yield Phase("attention", states, turning, layer_memory="none")
+        yield Phase("compression", states, turned + output, _compression(work, layers), layer_memory="after")
+        yield from _rest(work, states, inputs, None)
+        return
+    yield Phase("attention", states, max(turning, turned + own), layer_memory="none")
     scored = turned + output + 4 * rows * shape.q_heads
     chosen = 0
-    candidates = layers.before + work.step.chunk_tokens
-    if layers.after < candidates and layers.window is None:
+    if evicts:
         yield Phase("scoring", states, scored, _scoring(work, candidates), layer_memory="none")
-        if work.backend == "triton" and work.observing_rows:
-            output = scored
         yield Phase("selection", states, output, _selection(work, candidates, layers.after), layer_memory="none")
         # Scores, and the kept indices: the reference's are a column of three.
-        index = 8 if work.backend in ("triton", "flash") else 24
+        index = 8 if work.backend in KERNELS else 24
         chosen = shape.kv_heads * (4 * candidates + index * layers.after)
-    yield Phase("compaction", states, output, chosen, layer_memory="after")
+    yield from _rest(work, states, inputs, Phase("compaction", states, output, chosen, layer_memory="after"))
+
+
+def _rest(work: Work, states: int, inputs: int, compaction: Phase | None) -> Iterator[Phase]:
+    """The phases after attention; states as in the module's text, `inputs` elements per row."""
+    shape, rows = work.shape, work.rows
+    hidden, queries, unit = shape.hidden, shape.q_heads * shape.head_dim, rows * shape.dtype_bytes
+    if compaction is not None:
+        yield compaction
     yield Phase("output", states + unit * (hidden + queries), unit * queries, layer_memory="after")
     yield Phase("mlp", unit * (inputs + hidden + _mlp_widths(shape)), layer_memory="after")
     if work.last:
@@ -162,10 +197,10 @@ def _mlp_widths(shape: ModelShape) -> int:
 def _attention(work: Work, layers: Layers) -> tuple[int, int, int]:
     """Bytes of rotated copies, of the temporaries of rotating, and of what the backend needs, its output included.
 
-    "triton" and "flash" need the output and the log-sum-exp only. "sdpa" attends to memory and chunk apart and merges:
-    grouped queries, two outputs, their float32 sum where the dtype is shorter, log-sum-exps; through a window it
-    repeats the keys and values of a block for every query head. "reference" works on one KV head in float32, in
-    blocks of scores.
+    Those with this project's kernels need the output and the log-sum-exp only. "sdpa" attends to memory and chunk apart
+    and merges: grouped queries, two outputs, their float32 sum where the dtype is shorter, log-sum-exps; through a
+    window it repeats the keys and values of a block for every query head. "reference" works on one KV head in float32,
+    in blocks of scores.
     """
     shape, rows, total = work.shape, work.rows, layers.before + work.rows
     queries, kv_width = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -198,13 +233,46 @@ def _scoring(work: Work, candidates: int) -> int:
     observer = find_observer(work.config.observer)
     scratch = observer.scratch_bytes(candidates, shape.kv_heads, shape.head_dim)
     mass = 4 * shape.kv_heads * total
-    if not work.observing_rows or work.backend in ("triton", "flash"):
+    if not work.observing_rows or work.backend in KERNELS:
         return max(scratch, 2 * mass) if scratch and not work.observing_rows else 2 * mass + scratch
-    return scratch + mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.observing_rows, total)
+    return scratch + mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, work.voting_rows, total)
+
+
+def _compression(work: Work, layers: Layers) -> int:
+    """Bytes of what `imdc.kernels.compress_step` allocates besides output and new memory: see there.
+
+    Scores and indices; the log-sum-exp unless one launch does it all; ranks or pooled scores. Where the machine is not
+    known, both of the latter.
+    """
+    shape, step, machine = work.shape, work.step, work.machine
+    scores, pooled = 4 * shape.kv_heads * (layers.before + step.chunk_tokens), work.config.pool_kernel > 1
+    log_sums = 4 * work.rows * shape.q_heads
+    if machine.multiprocessors is not None:
+        major = 0 if machine.capability is None else machine.capability[0]
+        heads = (shape.q_heads, shape.kv_heads)
+        sizes = StepSizes(
+            *(1, *heads, work.rows, layers.before + work.rows, shape.head_dim, shape.dtype_bytes),
+            observers=work.observing_rows,
+            keep=layers.after,
+            pool_kernel=work.config.pool_kernel,
+        )
+        chip = (major, machine.multiprocessors)
+        fed = major == 0 or (shape.dtype_bytes == 2 and shape.head_dim % 16 == 0)
+        fits = fed and (major == 0 or fused_step_fits(shape.head_dim, shape.dtype_bytes, major))
+        fused = fits and work.backend == "triton" and work.config.observation_stride == 1
+        if fused and step_in_one_launch(sizes, attention_rows(shape.head_dim, major), *chip):
+            log_sums, pooled = 0, True
+        else:
+            pooled = pooled or (fed and compression_in_one_launch(sizes, *chip))
+    else:
+        pooled = True
+    return log_sums + (2 if pooled else 1) * scores + 8 * shape.kv_heads * layers.after
 
 
 def _selection(work: Work, candidates: int, kept: int) -> int:
     """Bytes of scores, their copy, masks, and either running counts of ties or the indices found."""
+    if work.backend in KERNELS:
+        return work.shape.kv_heads * (4 * candidates + 8 * kept)
     return work.shape.kv_heads * (11 * candidates + max(9 * candidates, 24 * kept))
 
 

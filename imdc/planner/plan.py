@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
 from imdc.layer_budgets import shares_in_words
-from imdc.model.backend_rule import ALL_PACKAGES, installed_packages
+from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept, host_bytes, host_notes
@@ -167,15 +167,13 @@ class Plan:
             rest = shape.full_layers
             others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
             window = format_tokens(shape.window or 0)
-            notes.append(
-                f"note: {shape.sliding_layers} of {shape.layers} layers see a window of {window} tokens; {others}"
-            )
+            layers = f"{shape.sliding_layers} of {shape.layers} layers"
+            notes.append(f"note: {layers} see a window of {window} tokens; {others}")
         if shape.text_part:
             notes.append("note: the text part alone; weights of other parts, such as a vision tower, come on top")
         if shape.weight_bits and shape.weight_bytes is None:
-            notes.append(
-                f"note: weights of {shape.weight_bits} bits with their scales, as the config says; an estimate"
-            )
+            bits = f"{shape.weight_bits} bits with their scales"
+            notes.append(f"note: weights of {bits}, as the config says; an estimate")
         return notes
 
 
@@ -185,8 +183,8 @@ _COLUMNS = ("step", "from token", "chunk", "memory before", "after", "predicted 
 def _row(step: PlannedStep | None) -> tuple[int | str, ...]:
     if step is None:
         return ("..",) * len(_COLUMNS)
-    peak = format_bytes(step.predicted_bytes)
-    return step.index, step.start, step.chunk_tokens, step.memory_before, step.memory_after, peak
+    sizes = (step.index, step.start, step.chunk_tokens, step.memory_before, step.memory_after)
+    return *sizes, format_bytes(step.predicted_bytes)
 
 
 def _cell(value: int | str) -> str:
@@ -230,20 +228,22 @@ def plan(
         UnsupportedModelError: the config lacks a size that the plan needs.
     """
     chosen = resolve_config(config, **options)
-    shape, place = _shape_of(model_or_config)
-    batch = Batch(prompt_tokens, rows, new_tokens=new_tokens)
-    # A loaded model will run here; a config is planned for a machine that has what is asked for.
-    packages = ALL_PACKAGES if place is None else installed_packages()
-    device = device or place or "cuda"
-    return plan_shape(shape, batch, chosen, device=device, device_bytes=device_bytes, packages=packages)
+    shape, place, machine = _shape_of(model_or_config)
+    machine = machine if device in (None, place) else ANY_MACHINE
+    batch, place = Batch(prompt_tokens, rows, new_tokens=new_tokens), device or place or "cuda"
+    return plan_shape(shape, batch, chosen, device=place, device_bytes=device_bytes, machine=machine)
 
 
-def _shape_of(source: Any) -> tuple[ModelShape, str | None]:
+def _shape_of(source: Any) -> tuple[ModelShape, str | None, Machine]:
+    """(sizes, kind of device, machine); a config is planned for a machine that has what is asked for."""
     if isinstance(source, ModelShape):
-        return source, None
+        return source, None, ANY_MACHINE
     if hasattr(source, "parameters") and hasattr(source, "config"):
-        return ModelShape.from_model(source), str(source.device.type)
-    return ModelShape.from_config(source), None
+        from imdc.model.machine import machine_of
+
+        shape, device = ModelShape.from_model(source), source.device
+        return shape, str(device.type), machine_of(device, source.dtype, shape.head_dim, shape.softcap)
+    return ModelShape.from_config(source), None, ANY_MACHINE
 
 
 def plan_shape(
@@ -253,16 +253,16 @@ def plan_shape(
     *,
     device: str = "cuda",
     device_bytes: int | None = None,
-    packages: Set[str] = ALL_PACKAGES,
+    machine: Machine = ANY_MACHINE,
 ) -> Plan:
-    """`plan` for a shape, a batch and a complete config; `packages` as in `imdc.planner.fit.execution`."""
-    backend, compact = execution(shape, batch, config, device, packages)
+    """`plan` for a shape, a batch and a complete config; `machine` as in `imdc.planner.fit.execution`."""
+    backend, compact = execution(shape, batch, config, device, machine)
     config = fitted(config, shape.max_positions) if compact else config
     if config.chunk_tokens == "auto":
         limit = limit_bytes(config, device_bytes)
         chunk = fit_chunk(shape, batch, replace(config, backend=backend), limit, device=device)
         config = with_chunk(config, chunk)
-    steps, footprints, after = foresee(shape, batch, config, (backend, compact))
+    steps, footprints, after = foresee(shape, batch, config, (backend, compact), machine)
     return Plan(
         batch=batch,
         config=config,

@@ -1,15 +1,16 @@
 """Who computes attention, scores, selection and compaction: one small record of functions per backend.
 
 `reference` is plain PyTorch in float32. `sdpa` takes PyTorch's fused attention operators that return the
-log-sum-exp, and the reference for the rest. `triton` takes this project's kernels. `flash` takes flash-attn for the
-forward pass and Triton for the rest. All have the signatures of `imdc.kernels.reference`.
+log-sum-exp, and the reference for the rest. `triton` takes this project's kernels. `flash` takes FlashAttention and
+`varlen` PyTorch's `varlen_attn` for the forward pass, and Triton for the rest. All have the signatures of
+`imdc.kernels.reference`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,8 +18,9 @@ from torch import Tensor
 
 import imdc.kernels.reference as reference
 from imdc.errors import ConfigError
-from imdc.model.backend_rule import AttentionTraits, choose_backend, find_flash, installed_packages
-from imdc.prefill.flash import flash_attention
+from imdc.kernels.libraries import library_forward
+from imdc.model.backend_rule import LIBRARIES, AttentionTraits, choose_backend
+from imdc.model.machine import machine_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,38 +128,35 @@ def _triton() -> Backend:
     return Backend("triton", chunk_attention, key_mass, select, compact, rotate, compress_step)
 
 
-def _flash() -> Backend:
-    found = find_flash()
-    assert found is not None, "choose_backend() comes first"
-    return replace(_triton(), name="flash", chunk_attention=flash_attention(found[0]), compress_step=None)
+def _with_library(name: str, device: torch.device) -> Backend:
+    """Triton's kernels behind the forward pass of "flash" or "varlen"."""
+    own, forward = _triton(), library_forward(name, device)
+    assert own.compress_step is not None, "Triton's backend has it"
+    return replace(
+        own, name=name, chunk_attention=forward, compress_step=functools.partial(own.compress_step, forward=forward)
+    )
 
 
-_MAKERS: dict[str, Callable[[], Backend]] = {
-    "triton": _triton,
-    "flash": _flash,
-    "sdpa": lambda: SDPA,
-    "reference": lambda: REFERENCE,
-}
+def make_backend(name: str, device: torch.device) -> Backend:
+    """The backend of that name on `device`, which `imdc.model.backend_rule` has found to be able to serve."""
+    if name in LIBRARIES:
+        return _with_library(name, device)
+    return _triton() if name == "triton" else {"sdpa": SDPA, "reference": REFERENCE}[name]
 
 
-def choose(name: str, traits: AttentionTraits) -> tuple[Backend, str]:
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> tuple[Backend, str]:
     """The backend for a model here, and a sentence that says why.
+
+    Args:
+        name: "auto" or a backend.
+        device: where the model is.
+        dtype: of the model.
+        head_dim: head size.
+        softcap: whether some layers cap their logits.
 
     Raises:
         ConfigError: the named backend cannot serve this model here; the message says why and what can.
     """
-    chosen, why = choose_backend(name, traits, installed_packages())
-    return _MAKERS[chosen](), why
-
-
-def traits_of(device: torch.device, dtype: torch.dtype, config: Any, head_dim: int) -> AttentionTraits:
-    """The traits that a transformers config asks of a backend, and those of the device."""
-    rocm = torch.version.hip is not None
-    return AttentionTraits(
-        device_type=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        head_dim=head_dim,
-        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" and not rocm else None,
-        rocm=rocm,
-    )
+    traits = AttentionTraits(device.type, str(dtype).removeprefix("torch."), head_dim, softcap)
+    chosen, why = choose_backend(name, traits, machine_of(device, dtype, head_dim, softcap))
+    return make_backend(chosen, device), why

@@ -20,7 +20,7 @@ from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.fit import LEAST_CHUNK, fit_chunk, least_chunk, limit_bytes, smaller_chunk
-from imdc.prefill.backends import Backend, choose, traits_of
+from imdc.prefill.backends import Backend, choose
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
@@ -144,8 +144,8 @@ class Engine:
         parts = self.parts
         weight = parts.decoder.get_input_embeddings().weight
         attention: Any = parts.decoder.layers[0].self_attn
-        traits = traits_of(parts.device(), weight.dtype, parts.config, int(attention.head_dim))
-        return choose(self.config.backend, traits)
+        softcap = getattr(parts.config, "attn_logit_softcapping", None) is not None
+        return choose(self.config.backend, parts.device(), weight.dtype, int(attention.head_dim), softcap)
 
     def _prompts(self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         rows, columns = input_ids.shape

@@ -52,7 +52,8 @@ class Observation:
     def mass(self) -> Tensor:
         """Attention mass of the candidates, pooled as the config says, float32 [1, Hkv, scored_keys].
 
-        The mean over the observing queries of `imdc.observers.Observer.queries` and over the query heads of a KV group.
+        The mean over the query heads of a KV group and over those of the observing queries
+        (`imdc.observers.Observer.queries`) that vote.
 
         Raises:
             ConfigError: the observer names no queries.
@@ -69,6 +70,7 @@ class Observation:
             self.lse,
             scale=self.scale,
             rows=rows,
+            stride=self.config.observation_stride,
             scored_keys=self.scored_keys,
             softcap=self.softcap,
             pool_kernel=self.config.pool_kernel,

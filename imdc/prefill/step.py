@@ -93,7 +93,7 @@ class StepRun:
         self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
         # Layers whose attention call came; see `imdc.prefill.hook.running`.
         self.reached: set[int] = set()
-        self._retained: dict[int, Tensor] = {}
+        self._retained: dict[int, tuple[Tensor, int]] = {}
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
 
     def serves(self, module: nn.Module) -> bool:
@@ -145,6 +145,7 @@ class StepRun:
                 scale=scale,
                 keep=keep,
                 rows=self._votes,
+                stride=self.config.observation_stride,
                 scored_keys=candidates,
                 sink_tokens=self.config.sink_tokens,
                 recent_tokens=self.config.recent_tokens,
@@ -199,11 +200,17 @@ class StepRun:
     def _count_retained(self, layer: int, chosen: Tensor, stored: int) -> None:
         if stored:
             # Not read here: that would make the host wait for the device in every layer.
-            self._retained[layer] = (chosen < stored).sum() / (stored * chosen.shape[1])
+            self._retained[layer] = torch.count_nonzero(chosen < stored), stored * chosen.shape[1]
 
     def retention(self) -> tuple[float | None, ...]:
-        """Per layer the share of its memory that survived the step; see `imdc.report.StepReport`."""
-        known = {layer: float(share) for layer, share in self._retained.items()}
+        """Per layer the share of its memory that survived the step; see `imdc.report.StepReport`.
+
+        Waits for the device once, which is also what makes the seconds of a step those of its work.
+        """
+        counts = [count for count, _ in self._retained.values()]
+        read = torch.stack([count.to(counts[0].device) for count in counts]).tolist() if counts else []
+        pairs = [pairs for _, pairs in self._retained.values()]
+        known = dict(zip(self._retained, (kept / of for kept, of in zip(read, pairs, strict=True)), strict=True))
         nothing_dropped = 1.0 if self.step.memory_before else None
         return tuple(
             known.get(layer, nothing_dropped) if window is None else None

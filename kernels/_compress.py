@@ -1,0 +1,120 @@
+"""Device functions that compress one KV head in one program: mass, ranks, threshold, indices, rows.
+
+Several kernels end with them: `kernels/fused_step.py` after its own attention, `kernels/compress.py` after another's.
+Each part reads back what all threads of the program have written, so a barrier of the program lies between. Nothing is
+shared between programs: no atomics on memory, no barrier of the grid, and two runs give the same bits.
+
+1. mass: the keys once more, one product, probabilities, sums over the observing rows;
+2. ranks: pooling over neighbours, and the scores as unsigned integers of the same order;
+3. threshold: the `keep`-th largest rank, eight bits a pass, from a histogram of the ranks that begin alike;
+4. indices: everything above the threshold and the first ties, in ascending order;
+5. rows: the keys and values at these indices, moved next to each other.
+
+Reference: `kernels/reference.py`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._attention import exponents, load_block
+from ._device import move_rows, ordered, places, pooled_scores, widened
+from ._launch import INTERPRETED
+from .limits import TILE
+
+INTERPRETED_TILE = 64  # small enough that small tests take several
+MOVED_BYTES = 32768  # of keys, and as many of values, that a program moves at a time
+
+
+def compression_blocks(block_d: int, element_size: int) -> dict[str, int]:
+    """Sizes, in order, of what a program that compresses a KV head moves and looks through at a time."""
+    return {
+        "BLOCK_T": 16 if INTERPRETED else MOVED_BYTES // (block_d * element_size),
+        "TILE": INTERPRETED_TILE if INTERPRETED else TILE,
+    }
+
+
+@triton.jit
+def weigh_keys(
+    b_q, b_lse, i_b, i_h, k, stride_kt, mass, observers, every, keys, scored, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Mass of every scored key from the rows b_q; `b_lse`, to base 2, is infinite for rows that do not vote.
+
+    The observers are the last queries of the block, and every `every`-th of them votes, counted from the last.
+    """
+    past = keys - observers  # observer t sees keys 0..past + t; t counts from the first observer
+    o_row = tl.arange(0, BLOCK_M) // GROUP - (BLOCK_M // GROUP - observers)
+    end = tl.cdiv(scored, BLOCK_N) * BLOCK_N
+    whole = tl.minimum((past + 1) // BLOCK_N * BLOCK_N, end)  # every observer sees all keys below this
+    for MASKED in tl.static_range(2):
+        for i_n in range(whole if MASKED else 0, scored if MASKED else whole, BLOCK_N):
+            i_n = tl.multiple_of(i_n, BLOCK_N)
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            b_k = load_block(k, stride_kt, i_b, i_h, i_n, scored, D, BLOCK_D, BLOCK_N, MASKED, DESCRIPTORS)
+            # Keys along the rows, so that a thread sums what it holds.
+            b_s, factor = exponents(widened(b_k, UPCAST), b_q, scale, softcap, HAS_SOFTCAP, UPCAST)
+            b_p = tl.exp2(b_s * factor - b_lse[None, :])
+            if MASKED:
+                b_p = tl.where(o_n[:, None] <= past + o_row[None, :], b_p, 0.0)
+            b_seeing = observers - tl.maximum(o_n - past, 0)
+            b_count = tl.maximum((b_seeing + every - 1) // every, 1) * GROUP
+            tl.store(mass + o_n, tl.sum(b_p, axis=1) / b_count.to(tl.float32), mask=o_n < scored)
+
+
+@triton.jit
+def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.constexpr):
+    """Eight more bits of the threshold, those from bit SHIFT on, and how many are wanted of the ranks that share them.
+
+    Of the ranks that begin like `threshold`, the `wanted` largest are looked for.
+    """
+    o_bin = tl.arange(0, 256)
+    b_counts = tl.zeros([256], tl.int32)
+    for start in range(0, scored, TILE):
+        o_n = start + tl.arange(0, TILE)
+        b_rank = tl.load(ranks + o_n, mask=o_n < scored, other=0).to(tl.uint32, bitcast=True)
+        m_alike = o_n < scored
+        if SHIFT < 24:
+            m_alike = m_alike & ((b_rank >> (SHIFT + 8)) == (threshold >> (SHIFT + 8)))
+        b_counts += tl.histogram(((b_rank >> SHIFT) & 255).to(tl.int32), 256, mask=m_alike)
+    b_above = tl.sum(b_counts, axis=0) - tl.cumsum(b_counts, axis=0)  # ranks of the bins above each
+    digit = tl.max(tl.where(b_above + b_counts >= wanted, o_bin, 0), axis=0)
+    wanted -= tl.sum(tl.where(o_bin > digit, b_counts, 0), axis=0)
+    return threshold | (digit.to(tl.uint32) << SHIFT), wanted
+
+
+@triton.jit
+def compress_head(
+    mass, ranks, indices, k, stride_kt, v, stride_vt, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
+):  # fmt: skip
+    """From the mass of one KV head's keys to its kept rows, all by one program."""
+    tl.debug_barrier()  # the mass is written
+    for start in range(0, scored, TILE):
+        o_n = start + tl.arange(0, TILE)
+        b_score = pooled_scores(mass, o_n, scored, reach, AVERAGE)
+        b_rank = ordered(b_score, o_n, scored, sink_tokens, recent_tokens)
+        tl.store(ranks + o_n, b_rank.to(tl.int32, bitcast=True), mask=o_n < scored)
+    tl.debug_barrier()  # the ranks are written
+    threshold = tl.full([], 0, tl.uint32)  # becomes the `keep`-th largest rank
+    wanted = keep  # becomes how many of its ties are kept
+    for digit in tl.static_range(4):
+        threshold, wanted = _refine(ranks, scored, threshold, wanted, SHIFT=24 - 8 * digit, TILE=TILE)
+    above = tl.full([], 0, tl.int32)
+    ties = tl.full([], 0, tl.int32)
+    for start in range(0, scored, TILE):
+        o_n = start + tl.arange(0, TILE)
+        b_rank = tl.load(ranks + o_n, mask=o_n < scored, other=0).to(tl.uint32, bitcast=True)
+        o_place, m_kept, above, ties = places(b_rank, threshold, above, ties, wanted)
+        tl.store(indices + o_place, o_n.to(tl.int64), mask=m_kept & (o_n < scored))
+    tl.debug_barrier()  # the indices are written
+    for start in range(0, keep, BLOCK_T):
+        move_rows(
+            k, stride_kt, v, stride_vt, indices, new_k, D, new_v, D, start, keep,
+            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T,
+        )  # fmt: skip

@@ -1,0 +1,264 @@
+"""What follows a forward pass whose log-sum-exps are known, such as a library's: score, select and keep.
+
+In one launch with a program per KV head where `kernels/limits.py` says that it is done sooner (small steps, whose time
+is that of launching), else in four or, with pooling, five, which spread the work over the device:
+
+1. `key_mass`: product, softmax, causal mask, and mean over observers and heads of the group.
+2. `pool`, only if `pool_kernel` > 1: a key's neighbours belong to other programs of launch 1.
+3. `select`: threshold, ties, sinks, recent keys and ascending order.
+4. `compact`: keys and values together.
+
+Layouts and reference: `kernels/reference.py`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# Device code gets its types when it is compiled.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._compress import compress_head, compression_blocks, weigh_keys
+from ._device import LOG2E, widened
+from ._launch import (
+    INTERPRETER,
+    Config,
+    Launch,
+    Target,
+    aligned,
+    descriptor,
+    logit_arguments,
+    strided,
+    target_of,
+)
+from .compact import plan_compact
+from .key_mass import plan_key_mass
+from .limits import StepSizes, compression_in_one_launch, compression_rows, power_of_two
+from .pool import plan_pool
+from .select import plan_select
+
+
+# Lengths vary from step to step: specialising on them would compile the same kernel again and again.
+@triton.jit(
+    do_not_specialize=[
+        *("stride_lb", "stride_lh", "queries", "keys", "kv_heads"),
+        *("observers", "every", "scored", "keep", "reach", "sink_tokens", "recent_tokens"),
+    ]
+)
+def _compress_kernel(
+    q, stride_qb, stride_qh, stride_qq,
+    k, stride_kb, stride_kh, stride_kt,
+    lse, stride_lb, stride_lh,
+    source_k, stride_sb, stride_sh, stride_st,
+    source_v, stride_ub, stride_uh, stride_ut,
+    mass, ranks, indices, new_k, new_v,
+    queries, keys, kv_heads, observers, every, scored, keep, reach, sink_tokens, recent_tokens, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
+):  # fmt: skip
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    i_row = tl.program_id(0)
+    i_b = tl.cast(i_row // kv_heads, tl.int64)
+    i_h = tl.cast(i_row % kv_heads, tl.int64)
+    first_query = queries - QUERIES  # below 0 where the queries do not fill the block
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_query = o_m // GROUP
+    o_head = tl.cast(o_m % GROUP, tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    b_back = QUERIES - 1 - o_query  # counted from the last query
+    m_votes = (b_back < observers) & (b_back % every == 0) & (o_m < QUERIES * GROUP)
+
+    q += i_b * stride_qb + i_h * GROUP * stride_qh + first_query * tl.cast(stride_qq, tl.int64)
+    lse += i_b * stride_lb + i_h * GROUP * stride_lh + first_query
+    if not DESCRIPTORS:
+        k += i_b * stride_kb + i_h * stride_kh
+    p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
+    b_q = widened(tl.load(p_q, mask=m_votes[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
+    # An infinite log-sum-exp gives the rows that do not vote a probability of zero.
+    b_lse = tl.load(lse + o_query + o_head * stride_lh, mask=m_votes, other=float("inf")) * LOG2E
+    mass += i_row * tl.cast(scored, tl.int64)
+    ranks += i_row * tl.cast(scored, tl.int64)
+    kept = i_row * tl.cast(keep, tl.int64)
+    weigh_keys(
+        b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, every, keys, scored,
+        scale, softcap,
+        GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
+    )  # fmt: skip
+    compress_head(
+        mass, ranks, indices + kept,
+        source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
+        source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
+        new_k + kept * D, new_v + kept * D, scored, keep, reach, sink_tokens, recent_tokens,
+        D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
+    )  # fmt: skip
+
+
+def compression_config(q: Tensor, k: Tensor, sizes: StepSizes, target: Target) -> Config:
+    """The blocks of the one launch that compresses: all observers of a KV head, and a block of keys."""
+    rows = compression_rows(sizes)
+    if target == INTERPRETER:
+        return Config(rows, 32, num_warps=4, num_stages=1, descriptors=aligned(k))
+    # On Blackwell a block of 128 keys puts some registers on the stack.
+    columns = 64 if power_of_two(q.shape[3], least=16) > 128 or target.major == 10 else 128
+    return Config(rows, columns, num_warps=8, num_stages=2, descriptors=target.copies_tensors)
+
+
+def plan_compress(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    source_k: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    ranks: Tensor,
+    indices: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    *,
+    rows: int,
+    stride: int,
+    pool_kernel: int,
+    pooling: str,
+    sink_tokens: int,
+    recent_tokens: int,
+    scale: float,
+    softcap: float | None,
+    config: Config,
+) -> Launch:
+    """The one launch for checked arguments, of which `mass` and the four after it are new and contiguous.
+
+    Args:
+        q: queries [B, Hq, Q, D].
+        k: keys [B, Hkv, T, D].
+        v: values, as `k`.
+        source_k: the keys to keep some of, as `k`.
+        lse: float32 [B, Hq, Q].
+        mass: float32 [B, Hkv, scored keys], before pooling.
+        ranks: int32, as `mass`: what the threshold is searched in.
+        indices: int64 [B, Hkv, keep].
+        new_k: [B, Hkv, keep, D].
+        new_v: as `new_k`.
+        rows: number of observers; with all heads of a KV head at most `config.rows`.
+        stride: as in `compress_step`.
+        pool_kernel: as in `compress_step`.
+        pooling: as in `compress_step`.
+        sink_tokens: as in `compress_step`.
+        recent_tokens: as in `compress_step`.
+        scale: factor on the logits.
+        softcap: as in `chunk_attention`.
+        config: blocks, from `compression_config`.
+    """
+    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
+    block_d = logits["BLOCK_D"]
+    return Launch(
+        kernel=_compress_kernel,
+        grid=(k.shape[0] * k.shape[1],),
+        arguments={
+            **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
+            **strided(
+                *("k", k, ("stride_kb", "stride_kh", "stride_kt")),
+                passed=descriptor(k, config.columns, block_d) if config.descriptors else k,
+            ),
+            **strided("lse", lse, ("stride_lb", "stride_lh")),
+            **strided("source_k", source_k, ("stride_sb", "stride_sh", "stride_st")),
+            **strided("source_v", v, ("stride_ub", "stride_uh", "stride_ut")),
+            "mass": mass,
+            "ranks": ranks,
+            "indices": indices,
+            "new_k": new_k,
+            "new_v": new_v,
+            "queries": q.shape[2],
+            "keys": k.shape[2],
+            "kv_heads": k.shape[1],
+            "observers": rows,
+            "every": stride,
+            "scored": mass.shape[2],
+            "keep": indices.shape[2],
+            "reach": pool_kernel // 2,
+            "sink_tokens": sink_tokens,
+            "recent_tokens": recent_tokens,
+            **logits,
+            "DESCRIPTORS": config.descriptors,
+            **compression_blocks(block_d, q.element_size()),
+            "AVERAGE": pooling == "avg",
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def one_launch_pays(q: Tensor, k: Tensor, sizes: StepSizes, target: Target) -> bool:
+    """Whether to compress in one launch. Only 16-bit tensors that load in whole vectors do, except when interpreted."""
+    fed = q.element_size() == 2 and aligned(k)
+    return (fed or target == INTERPRETER) and compression_in_one_launch(sizes, target.major, target.multiprocessors)
+
+
+def compress(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    source_k: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    indices: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    *,
+    rows: int,
+    stride: int,
+    pool_kernel: int,
+    pooling: str,
+    sink_tokens: int,
+    recent_tokens: int,
+    scale: float,
+    softcap: float | None,
+    sizes: StepSizes,
+) -> None:
+    """Fill `indices`, `new_k` and `new_v` for checked arguments.
+
+    Args:
+        q: queries [B, Hq, Q, D].
+        k: keys [B, Hkv, T, D].
+        v: values, as `k`.
+        source_k: the keys to keep some of, as `k`.
+        lse: float32 [B, Hq, Q].
+        mass: float32 [B, Hkv, scored keys], new: gets the mass before pooling.
+        indices: int64 [B, Hkv, keep], new, keep >= 1.
+        new_k: [B, Hkv, keep, D], new.
+        new_v: as `new_k`.
+        rows: number of observing queries.
+        stride: as in `compress_step`.
+        pool_kernel: as in `compress_step`.
+        pooling: as in `compress_step`.
+        sink_tokens: as in `compress_step`.
+        recent_tokens: as in `compress_step`.
+        scale: factor on the logits.
+        softcap: as in `chunk_attention`.
+        sizes: those of the step.
+    """
+    device, target = q.device, target_of(q.device)
+    logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    forced: dict[str, Any] = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+    voting: dict[str, Any] = {"rows": rows, "stride": stride}
+    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
+    if one_launch_pays(q, k, sizes, target):
+        ranks = torch.empty(mass.shape, dtype=torch.int32, device=device)
+        config = compression_config(q, k, sizes, target)
+        tensors = (q, k, v, source_k, lse, mass, ranks, indices, new_k, new_v)
+        plan_compress(*tensors, config=config, **pooled, **voting, **forced, **logits).run(device)
+        return
+    plan_key_mass(q, k, lse, mass, target=target, **voting, **logits).run(device)
+    scores = mass
+    if pool_kernel > 1:
+        scores = torch.empty_like(mass)
+        plan_pool(mass, scores, **pooled).run(device)
+    plan_select(scores, indices, **forced).run(device)
+    plan_compact(source_k, v, indices, new_k, new_v).run(device)
