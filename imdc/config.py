@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from imdc.errors import ConfigError, did_you_mean
+from imdc.errors import ConfigError, check_choice, check_int, did_you_mean
 from imdc.kernels.limits import POOLINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
+from imdc.presets import PAPER, PER_STEP
 
 SCHEDULES = ("imdc", "im", "fm", "full")
 # The model's own prefill, where it stands beside the schedules.
@@ -21,8 +22,6 @@ GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
 LAYER_BUDGETS = ("uniform", "pyramid", "adaptive")
 POSITIONS = ("auto", "original", "compact")
-# initial_memory in the words of the IMDC paper: as much as every step adds.
-PER_STEP = "per_step"
 STARTS = ("auto", PER_STEP)
 RECALLS = ("none", "host")
 BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
@@ -32,13 +31,6 @@ TAIL_BLOCK = 128
 # next to nothing of a small memory: 19 tokens of 219. Where the floor counts, growing saves a few percent of the time.
 # A higher one would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
-
-
-# What the options of a name are, where they are not given one by one. The paper's come from its authors' code
-# (ZhiYuanZeng/Collie, branch emnlp2024: MemSizeScheduler and ConvPruner, and the num_sink_tokens of its scripts).
-_PAPER: dict[str, Any] = {"schedule": "imdc", "growth": "linear", "balance": "tokens", "initial_memory": PER_STEP}
-_PAPER |= {"observer": "all_queries", "pooling": "avg", "pool_kernel": 5, "positions": "compact"}
-_PAPER |= {"sink_tokens": 4, "recent_tokens": 0, "layer_budget": "uniform"}
 
 
 class DefaultSize(int):
@@ -86,19 +78,11 @@ class PrefillConfig:
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
             positions until the window is full.
         backend: "auto", "triton", "flash" (FlashAttention), "varlen" (PyTorch on cuDNN), "sdpa" or "reference".
-        preset: "default", or "paper", the setting of the IMDC paper; options given beside it take precedence.
+        preset: "default", or "paper", the setting of the IMDC paper as far as it can be had (`imdc.presets` says what
+            differs); options given beside it take precedence.
         recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
             document in host memory, from which `handle.ask()` takes back those that each question needs.
         recall_limit: bytes of host memory for that at most; left out, what the system has available.
-
-    `preset="paper"` follows the authors' code: memory grows from `memory_tokens` / steps, all queries vote, scores are
-    averaged over five neighbours, the first four tokens are retained and no latest ones, and positions are contiguous.
-    What differs from that code: sinks are part of `memory_tokens` here and come on top of it there; a key's mean over
-    the queries that see it is taken before the average over neighbours here, after it there, which only matters in the
-    last few keys; votes are pooled within a KV head's own group, there across groups; chunks never become negative;
-    each layer compresses right after its attention; and beyond the model's window rotary frequencies are not rescaled
-    (dynamic NTK there), so that memory and chunk must fit into it. `dataclasses.replace` names every option and so
-    overrides any preset: pass it to `imdc.patch(model, config, preset=...)` instead.
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -136,19 +120,19 @@ class PrefillConfig:
         """Check every field by itself, then those that depend on each other."""
         for name, choices in CHOICES.items():
             if name != "observer":
-                _check_choice(name, getattr(self, name), choices)
+                check_choice(name, getattr(self, name), choices)
         find_observer(self.observer)
         for name, least in _LEAST.items():
-            _check_int(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.pool_kernel % 2 == 0:
             raise ConfigError(
                 f"pool_kernel must be odd, so that it is centred on a key, got {self.pool_kernel}; "
                 f"use {self.pool_kernel - 1} or {self.pool_kernel + 1}"
             )
         if self.decode_tokens is not None:
-            _check_int("decode_tokens", self.decode_tokens, 1)
+            check_int("decode_tokens", self.decode_tokens, 1)
         if self.recall_limit is not None:
-            _check_int("recall_limit", self.recall_limit, 1)
+            check_int("recall_limit", self.recall_limit, 1)
             if self.recall == "none":
                 raise ConfigError(
                     f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
@@ -185,7 +169,7 @@ class PrefillConfig:
                 f"initial_memory must be {' or '.join(map(repr, STARTS))}, an int (tokens) or a float (a share), "
                 f"got {start!r}"
             )
-        _check_int("initial_memory", start, 1)
+        check_int("initial_memory", start, 1)
         if start > self.memory_tokens:
             raise ConfigError(
                 f"initial_memory={start} is larger than memory_tokens={self.memory_tokens}; memory only grows, "
@@ -194,13 +178,13 @@ class PrefillConfig:
 
     def _check_chunk(self) -> None:
         if isinstance(self.chunk_tokens, str):
-            _check_choice("chunk_tokens", self.chunk_tokens, ("auto",))
+            check_choice("chunk_tokens", self.chunk_tokens, ("auto",))
             if self.memory_limit is None:
                 raise ConfigError(
                     "chunk_tokens='auto' needs a memory_limit: bytes as an int, or a share of the device as a float"
                 )
         else:
-            _check_int("chunk_tokens", self.chunk_tokens, 1)
+            check_int("chunk_tokens", self.chunk_tokens, 1)
             if self.memory_limit is not None:
                 raise ConfigError(
                     f"memory_limit={self.memory_limit} has no effect with chunk_tokens={self.chunk_tokens}; "
@@ -213,7 +197,7 @@ class PrefillConfig:
                     f"above 0 and at most 1; give an int for bytes"
                 )
         elif self.memory_limit is not None:
-            _check_int("memory_limit", self.memory_limit, 1)
+            check_int("memory_limit", self.memory_limit, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """The options by name, an observer of the user's own by its name; values for JSON."""
@@ -292,8 +276,8 @@ def option_names() -> tuple[str, ...]:
 
 
 PRESETS: dict[str, Mapping[str, Any]] = {
-    "default": {field.name: field.default for field in fields(PrefillConfig) if field.name in _PAPER},
-    "paper": _PAPER,
+    "default": {field.name: field.default for field in fields(PrefillConfig) if field.name in PAPER},
+    "paper": PAPER,
 }
 CHOICES: dict[str, Sequence[str]] = {
     "preset": tuple(PRESETS),
@@ -309,19 +293,3 @@ CHOICES: dict[str, Sequence[str]] = {
 }
 _LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stride", "pool_kernel"), 1)
 _LEAST |= {"sink_tokens": 0, "recent_tokens": 0}
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    if value not in choices:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{did_you_mean(value, choices)}"
-        )
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")

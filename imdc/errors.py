@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ImdcError(Exception):
@@ -34,3 +34,21 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if value not in choices:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{did_you_mean(value, choices)}"
+        )
+
+
+def check_int(name: str, value: object, least: int) -> None:
+    """Raise `ConfigError` unless `value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")

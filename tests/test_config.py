@@ -123,7 +123,7 @@ def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
         "observation_tokens", "observation_stride", "pooling", "pool_kernel", "sink_tokens", "recent_tokens",
-        "positions", "decode_tokens", "backend", "preset",
+        "layer_budget", "positions", "decode_tokens", "backend", "preset", "recall", "recall_limit",
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from tiny_models import FAMILIES, build, greedy
 from transformers import PreTrainedModel
 
 import imdc
-from imdc.cache.cache import ImdcCache, Turn
+from imdc.cache.cache import ImdcCache
+from imdc.cache.turn import Turn
 from imdc.config import LAYER_BUDGETS, PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
 from imdc.layer_budgets import planned_layers, pyramid_shares, share_out

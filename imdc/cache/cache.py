@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +13,9 @@ from torch import Tensor
 from imdc.cache.layers import Mark, MemoryLayer, SlidingLayer
 from imdc.cache.rows import Row, RowState
 from imdc.cache.store import HostStore
+from imdc.cache.turn import Turn
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
-
-
-@dataclass(slots=True)
-class Turn:
-    """What a running generate() call is about, as far as its forward calls must know.
-
-    Attributes:
-        assisted: whether several tokens in one forward call are candidates, of which some are taken back.
-        drafting: whether this is the cache of an assistant model, which takes back what the other model rejects.
-        columns: columns of all turns where an assisted call goes on from a filled cache, until its first forward
-            call, which transformers gives the whole text once more; None in others.
-        new_tokens: tokens that will be generated at most; None where that is not known.
-        reached: whether a forward call came with the cache.
-    """
-
-    assisted: bool = False
-    drafting: bool = False
-    columns: int | None = None
-    new_tokens: int | None = None
-    reached: bool = False
 
 
 class ImdcCache(hf.Cache):

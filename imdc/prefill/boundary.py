@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imdc.cache.cache import ImdcCache, Turn
+from imdc.cache.cache import ImdcCache
+from imdc.cache.turn import Turn
 from imdc.errors import CacheMismatchError, ImdcError, UnsupportedCallError
 from imdc.model import hf
 from imdc.prefill.decode import decode_inputs

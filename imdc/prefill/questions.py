@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from imdc.cache.branch import branch
-from imdc.cache.cache import ImdcCache, Turn
+from imdc.cache.cache import ImdcCache
+from imdc.cache.turn import Turn
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
