@@ -174,8 +174,8 @@ def _solve(
 
         def peak_at_prompt(tokens: int) -> int:
             # The peak is not monotonic in the prompt length: one token past a whole number of chunks adds a step and
-            # shrinks every chunk; and where memory grows little, a few chunks take more than many. Take the largest peak
-            # of any shorter prompt.
+            # shrinks every chunk; and where memory grows little, a few chunks take more than many. Take the largest
+            # peak of any shorter prompt.
             whole = tokens // mean
             lengths = {tokens, whole * mean, *(few * mean for few in range(1, min(whole, _FEW) + 1))} - {0}
             return max(peak_bytes(shape, replace(batch, prompt_tokens=some), config, device) for some in lengths)
