@@ -28,8 +28,9 @@ BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
 # initial_memory="auto": a share of the memory, but no fewer tokens besides sinks and recent ones. A share alone leaves
-# next to nothing of a small memory: 19 tokens of 219. Where the floor counts, growing saves a few percent of the time.
-# A higher one would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
+# next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9 and saves 4%
+# of the time to the first token. A higher floor would cost the peak that shrinking chunks save where memory is large
+# against the chunk (M = 1.8 C).
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
 
 
