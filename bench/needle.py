@@ -176,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
-    parser.add_argument("--observers", nargs="+", choices=list(OBSERVERS), default=list(OBSERVERS))
+    # Without sample questions "questions" is "prompt_tail"; bench/questions.py has some.
+    observers = [name for name in OBSERVERS if name != "questions"]
+    parser.add_argument("--observers", nargs="+", choices=list(OBSERVERS), default=observers)
     parser.add_argument("--balance", choices=BALANCES, default=PrefillConfig().balance, help="of imdc's chunks")
     parser.add_argument("--skip-full", action="store_true", help="leave out the unpatched model")
     parser.add_argument("--seed", type=int, default=0)

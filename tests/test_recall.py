@@ -32,8 +32,8 @@ def text(length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_recall(tokens: int, compact: bool, softcap: bool = False) -> tuple[Recall, Tensor, Tensor]:
-    """A store of one layer with random pairs, and queries and keys of a question of 7 tokens."""
+def random_recall(tokens: int, compact: bool) -> tuple[Recall, Tensor, Tensor, Tensor]:
+    """A store of one layer with random pairs, and queries, keys and values of a question of 7 tokens."""
     model = FAMILIES["llama"](max_position_embeddings=256)
     generator = torch.Generator().manual_seed(1)
     store = HostStore([0], tokens)
@@ -41,8 +41,9 @@ def random_recall(tokens: int, compact: bool, softcap: bool = False) -> tuple[Re
     for start in range(0, tokens, 50):
         store.write(0, start, keys[:, :, start : start + 50], values[:, :, start : start + 50])
     config = PrefillConfig(sink_tokens=2, recent_tokens=4, memory_tokens=20, pool_kernel=3, recall="host")
-    q, own = torch.randn(1, 4, 7, 16, generator=generator), torch.randn(1, 2, 7, 16, generator=generator)
-    return Recall(store, Parts.of(model), config, REFERENCE, compact), q, own
+    q = torch.randn(1, 4, 7, 16, generator=generator)
+    own_k, own_v = (torch.randn(1, 2, 7, 16, generator=generator) for _ in range(2))
+    return Recall(store, Parts.of(model), config, REFERENCE, compact), q, own_k, own_v
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -54,8 +55,8 @@ def test_what_is_taken_back_has_the_most_mass(
     monkeypatch.setattr(recall, "_BLOCK_TOKENS", block)
     monkeypatch.setattr(recall, "_HELD_BYTES", held)
     tokens = 300
-    one, q, own = random_recall(tokens, compact)
-    keys, values = one.take(0, q, own, keep=20, scale=0.4, softcap=softcap)
+    one, q, own, own_v = random_recall(tokens, compact)
+    keys, values, out = one.take(0, q, own, own_v, keep=20, scale=0.4, softcap=softcap)
 
     asked, all_keys = q, torch.cat((one.store.keys[0].transpose(1, 2), own), dim=2)
     if compact:
@@ -67,7 +68,12 @@ def test_what_is_taken_back_has_the_most_mass(
         all_keys = rotate(all_keys, *tables)
         asked = rotate(q, *(table[-7:] for table in tables))
     options: dict[str, Any] = {"scale": 0.4, "softcap": softcap}
-    _, lse = REFERENCE.chunk_attention(asked, all_keys, all_keys, **options)
+    all_values = torch.cat((one.store.values[0].transpose(1, 2), own_v), dim=2)
+    attended, lse = REFERENCE.chunk_attention(asked, all_keys, all_values, **options)
+    if compact:
+        assert out is None
+    else:
+        torch.testing.assert_close(out, attended)
     mass = key_mass(asked, all_keys, lse, rows=7, scored_keys=tokens, pool_kernel=3, **options)
     chosen = REFERENCE.select(mass, 20, sink_tokens=2, recent_tokens=4)
     for got, stored in ((keys, one.store.keys[0]), (values, one.store.values[0])):
@@ -76,17 +82,21 @@ def test_what_is_taken_back_has_the_most_mass(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3"])
-def test_recall_of_almost_everything_answers_as_full_attention(family: str) -> None:
-    """One chunk reads all, then one pair goes: the one that the question attends to least."""
+@pytest.mark.parametrize(("memory", "exact"), [(99, 3), (20, 1)])
+def test_questions_attend_to_the_whole_text(family: str, memory: int, exact: int) -> None:
+    """One chunk reads all, as full attention does, and then most goes: the answer's first token is the same.
+
+    Where one pair goes, the one that the question attends to least, so are the next ones.
+    """
     model, document, question = FAMILIES[family](), text(100), text(9, 1)
-    options = {**TIGHT, "memory_tokens": 99, "chunk_tokens": 128, "positions": "original"}
+    options = {**TIGHT, "memory_tokens": memory, "chunk_tokens": 128, "positions": "original"}
     with imdc.patch(model, **options, observer="random", backend="reference") as handle:
         cache = handle.read(document)
         assert cache.store is not None and cache.store.tokens == 100
         answer = handle.ask(cache, question, **GREEDY)
         assert handle.report is not None and handle.report.recalled_bytes > 0
     wanted = model.generate(torch.cat((document, question), dim=1), **GREEDY)[:, 109:]
-    assert torch.equal(answer[:, :3], wanted[:, :3])
+    assert torch.equal(answer[:, :exact], wanted[:, :exact])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

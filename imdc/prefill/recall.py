@@ -6,12 +6,15 @@ question itself, and p the softmax over all of these that r may see:
     mass_j = mean over r and over the query heads of a KV group of p_rj
 
 As in `imdc.kernels.reference.key_mass`, and as for every chunk that is read: pooled over neighbours, the best are
-retained. The difference is that nothing was evicted from these N. Keys come from host memory in blocks; of the
-logits, float32 [Hq, n, N], as much is held as `_HELD_BYTES` says, and the rest is computed a second time.
+retained. The difference is that nothing was evicted from these N. While the question is read it attends to all of them,
+exactly: with what is taken back alone, what it asks in the upper layers is distorted by what the lower ones lack. The
+answer then attends to what was taken back. Keys and values come from host memory in blocks; of the logits, float32
+[Hq, n, N], as much is held as `_HELD_BYTES` says, and the rest is computed a second time.
 
-Compact positions number less than N keys, so for scoring alone neighbours share a position, in the manner of SelfExtend
+Compact positions may number less than N keys, so for scoring neighbours share a position, in the manner of SelfExtend
 (arXiv 2401.01325): key j is at floor(j * S / N) and the question begins at S, with as many positions S as the model's
-window has besides the question. What is taken back is numbered 0..m-1 as any memory is.
+window has besides the question. The question then attends to what was taken back, in each layer. What is taken back is
+numbered 0..m-1 as any memory is.
 """
 
 from __future__ import annotations
@@ -57,24 +60,35 @@ class Recall:
     seconds: float = 0.0
 
     def take(
-        self, layer: int, q: Tensor, own_k: Tensor, *, keep: int, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """The `keep` best pairs of the text for the question, on its device.
+        self,
+        layer: int,
+        q: Tensor,
+        own_k: Tensor,
+        own_v: Tensor,
+        *,
+        keep: int,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The `keep` best pairs of the text for the question, on its device, and what the question attends to.
 
         Args:
             layer: number of a full-attention layer.
             q: queries of the question [1, Hq, n, D]; rotated as the stored keys are.
             own_k: its keys [1, Hkv, n, D], rotated as `q`.
+            own_v: its values, as `own_k`.
             keep: pairs to take per KV head, fewer than there are.
             scale: factor on the logits.
             softcap: cap of the logits, or None.
 
         Returns:
-            Keys and values [1, Hkv, keep, D], in the order of the text.
+            Keys and values [1, Hkv, keep, D], in the order of the text; and the question's attention output
+            [1, Hq, n, D] over the whole text, None where keys had to share positions.
         """
         began = time.perf_counter()
+        scores, out = self._attend(layer, q, own_k, own_v, scale, softcap)
         places: Tensor = self.backend.select(
-            self._scores(layer, q, own_k, scale, softcap),
+            scores,
             keep,
             sink_tokens=self.config.sink_tokens,
             recent_tokens=self.config.recent_tokens,
@@ -84,9 +98,13 @@ class Recall:
         self.moved_bytes += keys.nbytes + values.nbytes
         keys, values = (x.to(q.device).transpose(1, 2).contiguous() for x in (keys, values))
         self.seconds += time.perf_counter() - began
-        return keys, values
+        return keys, values, out
 
-    def _scores(self, layer: int, q: Tensor, own_k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _attend(
+        self, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores float32 [1, Hkv, tokens] of the text's keys, and the attention output of `take`."""
+        whole = not self.compact or self.store.tokens <= self.parts.trained_window - q.shape[2]
         kv_heads, rows = own_k.shape[1], q.shape[2]
         span = min(self.store.tokens, self.parts.trained_window - rows)
         if self.compact:
@@ -103,11 +121,22 @@ class Recall:
             lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
             if len(held) * _BLOCK_TOKENS == first and (len(held) + 1) * logits.nbytes <= _HELD_BYTES:
                 held.append(logits)
+        out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float())
         mass = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
         for number, first in enumerate(range(0, self.store.tokens, _BLOCK_TOKENS)):
             logits = held[number] if number < len(held) else self._block(layer, first, asking, span, scale, softcap)
-            mass[:, first : first + logits.shape[-1]] = logits.sub_(lse[..., None]).exp_().mean(dim=1)
-        return pool(mass[None], self.config.pool_kernel, self.config.pooling)
+            shares = logits.sub_(lse[..., None]).exp_()
+            mass[:, first : first + shares.shape[-1]] = shares.mean(dim=1)
+            if whole:
+                out.baddbmm_(shares, self._values(layer, first, q.device))
+        scores = pool(mass[None], self.config.pool_kernel, self.config.pooling)
+        return scores, rearrange(out, "h (g n) d -> 1 (h g) n d", n=rows).to(q.dtype) if whole else None
+
+    def _values(self, layer: int, first: int, device: torch.device) -> Tensor:
+        """Values float32 [Hkv, block, D] from token `first` on."""
+        values = self.store.values[layer][:, first : first + _BLOCK_TOKENS]
+        self.moved_bytes += values.nbytes
+        return values.to(device, non_blocking=True).transpose(1, 2)[0].float()
 
     def _block(self, layer: int, first: int, asking: Tensor, span: int, scale: float, softcap: float | None) -> Tensor:
         """Logits float32 [Hkv, group * n, block] of the keys from `first` on."""

@@ -105,13 +105,13 @@ class StepRun:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""
         window = self.parts.windows[layer]
-        stored = self.row.stored(layer)
+        stored, whole = self.row.stored(layer), None
         if self.store is not None and window is None:
             chunk = self.step.chunk_tokens
             self.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
         if self.recall is not None and window is None and stored < self.recall.store.tokens:
-            self.row.keys[layer], self.row.values[layer] = self.recall.take(
-                layer, q, k, keep=stored, scale=scale, softcap=softcap
+            self.row.keys[layer], self.row.values[layer], whole = self.recall.take(
+                layer, q, k, v, keep=stored, scale=scale, softcap=softcap
             )
         keys, values = self.workspace.take(k, stored + k.shape[2])
         for buffer, memories, states in ((keys, self.row.keys, k), (values, self.row.values, v)):
@@ -182,7 +182,7 @@ class StepRun:
             places = torch.arange(kept.start, kept.stop, device=keys.device)
             kept_k = self._moved(layer, keys[:, :, kept].clone(), places, tables)
             self._store(layer, kept_k, values[:, :, kept].clone())
-        return out
+        return out if whole is None else whole
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
