@@ -214,8 +214,8 @@ def test_files_that_are_no_cache_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_with_both_versions(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imdc.cache.file._FORMAT", 3)
-    with pytest.raises(CacheMismatchError, match=f"has format 2, written by imdc {imdc.__version__}.*reads format 3"):
+    monkeypatch.setattr("imdc.cache.file._FORMAT", 4)
+    with pytest.raises(CacheMismatchError, match=f"has format 3, written by imdc {imdc.__version__}.*reads format 4"):
         imdc.load_cache(saved, FAMILIES["llama"]())
 
 
