@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imdc.cache.rows import Row
-from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.kernels.reference import rotate
-from imdc.layer_budgets import share_out
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.observers import find_observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
-from imdc.prefill.recall import Recall
+from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.renumber import moved
-from imdc.prefill.step import StepRun, Workspace
+from imdc.prefill.step import StepRun
 from imdc.prefill.turn import RowTurn
 from imdc.report import StepReport
 from imdc.schedule import Step
@@ -40,26 +38,6 @@ class _PassingCache(hf.Cache):
         return key_states, value_states
 
 
-class Retention:
-    """The retention ratios of a row's compressed layers so far, averaged over its steps."""
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        """Of these layers."""
-        self._layers = layers
-        self._sums, self._count = [0.0] * len(layers), 0
-
-    def add(self, retention: Sequence[float | None]) -> None:
-        """Count a step, by all layers; one that had no memory before does not count."""
-        ratios = [retention[layer] for layer in self._layers]
-        if ratios and None not in ratios:
-            self._sums = [total + (ratio or 0.0) for total, ratio in zip(self._sums, ratios, strict=True)]
-            self._count += 1
-
-    def means(self) -> list[float] | None:
-        """The mean of every layer; None before the first step that counts."""
-        return [total / self._count for total in self._sums] if self._count else None
-
-
 class Reader:
     """Reads rows; it holds what they share: the workspace and the reports."""
 
@@ -73,10 +51,8 @@ class Reader:
         on_step: OnStep | None,
     ) -> None:
         """`forward` is the model's own."""
-        self.parts, self.forward = parts, forward
-        self.backend, self.on_step = backend, on_step
-        self.workspace = Workspace()
-        self.observer = find_observer(config.observer)
+        self.parts, self.forward, self.on_step = parts, forward, on_step
+        self.tools = Tools(parts, backend, find_observer(config.observer))
         self.reports: list[StepReport] = []
         self.finished_bytes = self.recalled_bytes = 0
         self.recall_seconds = 0.0
@@ -84,19 +60,14 @@ class Reader:
     def read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
         """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
         row, steps, tokens = turn.row, turn.steps, ids.numel()
-        fresh = row.tokens == 0
-        in_place = row.compact and not fresh and len(steps) == 1 and turn.store is None
-        if row.compact and row.tokens and not in_place:
+        reading = RowReading.of(turn, self.tools)
+        if row.compact and row.tokens and not reading.rotated:
             self._turn(row, row.position, back=True)
-        recall = None
-        if turn.store is not None and not fresh:
-            recall = Recall(turn.store, self.parts, turn.config, self.backend, row.compact)
         output: Any = None
         logits: list[Tensor] = []
-        kept = Retention(self.parts.full_layers)
         for step, tail in zip(steps, turn.tails, strict=True):
             began = time.perf_counter()
-            run = self._run(turn, step, tokens, tail, in_place, kept, turn.store if fresh else None, recall)
+            run = StepRun(self.tools, reading, step, tail_rows=tail, tail_gap=self._tail_gap(turn, step, tokens, tail))
             chunk = ids[step.start : step.start + step.chunk_tokens]
             if tail:
                 chunk = torch.cat((chunk, turn.tail_ids[-tail:].to(chunk.device)))
@@ -105,51 +76,20 @@ class Reader:
             if output is not None:
                 logits.append(output.logits)
             retention = run.retention()
-            kept.add(retention)
+            reading.retention.add(retention)
             row.tokens += step.chunk_tokens
             row.position = run.fullest_after if row.compact else row.position + step.chunk_tokens
             self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
-        if row.compact and not in_place:
+        if row.compact and not reading.rotated:
             self._turn(row, row.position)
-        if turn.store is not None and fresh:
-            turn.store.finish()
-        if recall is not None:
-            self.recalled_bytes += recall.moved_bytes
-            self.recall_seconds += recall.seconds
+        if reading.store is not None:
+            reading.store.finish()
+        if reading.recall is not None:
+            self.recalled_bytes += reading.recall.moved_bytes
+            self.recall_seconds += reading.recall.seconds
         self.finished_bytes += row.nbytes()
         output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output
-
-    def _run(
-        self,
-        turn: RowTurn,
-        step: Step,
-        prompt_tokens: int,
-        tail: int,
-        in_place: bool,
-        kept: Retention,
-        store: HostStore | None,
-        recall: Recall | None,
-    ) -> StepRun:
-        row, full = turn.row, self.parts.full_layers
-        after = share_out(turn.config, step, [row.stored(layer) for layer in full], kept.means())
-        return StepRun(
-            self.parts,
-            row,
-            step,
-            after=dict(zip(full, after, strict=True)),
-            tail_rows=tail,
-            tail_gap=self._tail_gap(turn, step, prompt_tokens, tail),
-            questions=turn.questions if tail else (),
-            config=turn.config,
-            backend=self.backend,
-            observer=self.observer,
-            workspace=self.workspace,
-            compact=row.compact,
-            rotated=in_place,
-            store=store,
-            recall=recall,
-        )
 
     def _step(self, run: StepRun, chunk: Tensor, *, wanted: int, options: dict[str, Any]) -> Any:
         """Pass `chunk` int64 [n], tail rows included, through the decoder.
@@ -158,7 +98,7 @@ class Reader:
             The model's output with logits of the last `wanted` tokens before the tail rows; None where that is < 1.
         """
         tail, start = run.tail_rows, run.row.position
-        if run.compact:
+        if run.row.compact:
             positions = torch.zeros_like(chunk)
         else:
             positions = torch.arange(start, start + chunk.numel(), device=chunk.device)

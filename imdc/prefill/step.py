@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imdc.cache.rows import Row
-from imdc.cache.store import HostStore
-from imdc.config import PrefillConfig
-from imdc.model.parts import Parts
-from imdc.observers import Observer
-from imdc.prefill.backends import Backend
+from imdc.layer_budgets import share_out
 from imdc.prefill.observation import Observation
-from imdc.prefill.recall import Recall
+from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.renumber import Tables, moved
 from imdc.schedule import Step, observing_rows
-
-
-class Workspace:
-    """The one buffer for memory | chunk | tail rows that all layers of a prefill share, per device and head shape."""
-
-    def __init__(self) -> None:
-        """Nothing is allocated before the first layer asks."""
-        self._buffers: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-
-    def take(self, states: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, Hkv, length, D], not initialised, of the device and dtype of `states`."""
-        key = (states.device, states.dtype, states.shape[1], states.shape[3])
-        if key not in self._buffers or self._buffers[key][0].shape[2] < length:
-            self._buffers.pop(key, None)
-            size = (1, states.shape[1], length, states.shape[3])
-            self._buffers[key] = (states.new_empty(size), states.new_empty(size))
-        keys, values = self._buffers[key]
-        return keys[:, :, :length], values[:, :, :length]
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(k.nbytes + v.nbytes for k, v in self._buffers.values())
 
 
 class StepRun:
@@ -53,43 +25,22 @@ class StepRun:
     moved is not rounded, however often that happens.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        row: Row,
-        step: Step,
-        *,
-        after: Mapping[int, int],
-        tail_rows: int,
-        tail_gap: int,
-        config: PrefillConfig,
-        backend: Backend,
-        observer: Observer,
-        workspace: Workspace,
-        compact: bool,
-        rotated: bool = False,
-        questions: tuple[int, ...] = (),
-        store: HostStore | None = None,
-        recall: Recall | None = None,
-    ) -> None:
-        """`row` is read and replaced layer by layer; the rest stays as it is. `rotated`: its keys come and stay so.
-
-        `after` says how many KV pairs each compressed layer keeps.
-        `questions` are the lengths of those that the tail rows are; empty where all of them follow the text together.
-        All pairs that are read go to `store`; the row's are exchanged for those that `recall` takes back.
-        """
-        self.parts, self.row, self.step = parts, row, step
-        self._after = after
-        self.fullest_after = max(after.values(), default=0)
+    def __init__(self, tools: Tools, reading: RowReading, step: Step, *, tail_rows: int, tail_gap: int) -> None:
+        """`tail_rows` ride along with the chunk of `step`."""
+        parts, row = tools.parts, reading.row
+        self.tools, self.reading, self.parts, self.row, self.step = tools, reading, parts, row, step
+        full, config = parts.full_layers, reading.config
+        held = [row.stored(layer) for layer in full]
+        after = share_out(config, step, held, reading.retention.means())
+        self._after = dict(zip(full, after, strict=True))
+        self.fullest_after = max(after, default=0)
         # Memory that the layers of a type hold at most: their keys are numbered backwards from one start.
         self._longest: dict[str | None, int] = {}
         for layer, kind in enumerate(parts.layer_types):
             self._longest[kind] = max(self._longest.get(kind, 0), row.stored(layer))
-        self._first = max((row.stored(layer) for layer in after), default=0)
+        self._first = max(held, default=0)
         self.tail_rows, self.tail_gap = tail_rows, tail_gap
-        self.config, self.backend, self.observer = config, backend, observer
-        self.workspace, self.compact, self.rotated = workspace, compact, rotated
-        self.questions, self.store, self.recall = questions, store, recall
+        self.questions = reading.questions if tail_rows else ()
         self._votes = observing_rows(config, step.chunk_tokens, tail_rows)
         # Layers whose attention call came; see `imdc.prefill.hook.running`.
         self.reached: set[int] = set()
@@ -106,14 +57,14 @@ class StepRun:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""
         window = self.parts.windows[layer]
         stored, whole = self.row.stored(layer), None
-        if self.store is not None and window is None:
+        if self.reading.store is not None and window is None:
             chunk = self.step.chunk_tokens
-            self.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
-        if self.recall is not None and window is None and stored < self.recall.store.tokens:
-            self.row.keys[layer], self.row.values[layer], whole = self.recall.take(
+            self.reading.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
+        if self.reading.recall is not None and window is None and stored < self.reading.recall.store.tokens:
+            self.row.keys[layer], self.row.values[layer], whole = self.reading.recall.take(
                 layer, q, k, v, keep=stored, scale=scale, softcap=softcap
             )
-        keys, values = self.workspace.take(k, stored + k.shape[2])
+        keys, values = self.tools.workspace.take(k, stored + k.shape[2])
         for buffer, memories, states in ((keys, self.row.keys, k), (values, self.row.values, v)):
             memory = memories[layer]
             if memory is not None:
@@ -122,35 +73,35 @@ class StepRun:
             memory = memories[layer] = None
             buffer[:, :, stored:] = states
         turned = keys
-        tables = self._rotary(layer, stored, keys) if self.compact else None
+        tables = self._rotary(layer, stored, keys) if self.row.compact else None
         if tables is not None:
             cos, sin = tables
-            if self.rotated:
+            if self.reading.rotated:
                 turned = keys.clone()
-                turned[:, :, stored:] = self.backend.rotate(keys[:, :, stored:], cos[stored:], sin[stored:])
+                turned[:, :, stored:] = self.tools.backend.rotate(keys[:, :, stored:], cos[stored:], sin[stored:])
                 keys = turned
             else:
-                turned = self.backend.rotate(keys, cos, sin)
-            q = self.backend.rotate(q, cos[stored:], sin[stored:])
+                turned = self.tools.backend.rotate(keys, cos, sin)
+            q = self.tools.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
         keep = self._after.get(layer, candidates)
         drops = keep < candidates
-        fused = self.observer.is_mass and self.backend.compress_step is not None and len(self.questions) < 2
+        fused = self.tools.observer.is_mass and self.tools.backend.compress_step is not None and len(self.questions) < 2
         if drops and self._votes is not None and fused:
-            assert self.backend.compress_step is not None
-            out, kept_k, kept_v, chosen = self.backend.compress_step(
+            assert self.tools.backend.compress_step is not None
+            out, kept_k, kept_v, chosen = self.tools.backend.compress_step(
                 q,
                 turned,
                 values,
                 scale=scale,
                 keep=keep,
                 rows=self._votes,
-                stride=self.config.observation_stride,
+                stride=self.reading.config.observation_stride,
                 scored_keys=candidates,
-                sink_tokens=self.config.sink_tokens,
-                recent_tokens=self.config.recent_tokens,
-                pool_kernel=self.config.pool_kernel,
-                pooling=self.config.pooling,
+                sink_tokens=self.reading.config.sink_tokens,
+                recent_tokens=self.reading.config.recent_tokens,
+                pool_kernel=self.reading.config.pool_kernel,
+                pooling=self.reading.config.pooling,
                 softcap=softcap,
                 kept_k=keys,
             )
@@ -161,20 +112,20 @@ class StepRun:
         if len(self.questions) > 1:
             out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
         else:
-            out, lse = self.backend.chunk_attention(q, turned, values, window=window, **options)
+            out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
             seen = self._observation(layer, q, turned, values, lse, self.step.chunk_tokens, self.tail_rows, options)
-            scores = self.observer.score(seen) if drops else None
+            scores = self.tools.observer.score(seen) if drops else None
             del lse, seen
         # Rotated copies have served, and a step's peak may lie in what follows.
         del q, turned
         if scores is not None:
-            chosen = self.backend.select(
+            chosen = self.tools.backend.select(
                 scores,
                 keep,
-                sink_tokens=self.config.sink_tokens,
-                recent_tokens=self.config.recent_tokens,
+                sink_tokens=self.reading.config.sink_tokens,
+                recent_tokens=self.reading.config.recent_tokens,
             )
-            kept_k, kept_v = self.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
+            kept_k, kept_v = self.tools.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
             self._count_retained(layer, chosen, stored)
         else:
@@ -186,7 +137,7 @@ class StepRun:
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
-        if not self.rotated or tables is None:
+        if not self.reading.rotated or tables is None:
             return keys
         end = self.fullest_after
         numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
@@ -233,7 +184,7 @@ class StepRun:
         `k` and `v` after the candidates, where the questions are, are written to.
         """
         chunk, candidates = self.step.chunk_tokens, k.shape[2] - self.tail_rows
-        attend, first, scores = self.backend.chunk_attention, 0, None
+        attend, first, scores = self.tools.backend.chunk_attention, 0, None
         outputs = [attend(q[:, :, :chunk], k[:, :, :candidates], v[:, :, :candidates], window=window, **options)[0]]
         for rows in self.questions:
             end = candidates + rows
@@ -245,7 +196,7 @@ class StepRun:
             outputs.append(out)
             if drops:
                 seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], lse, 0, rows, options)
-                found = self.observer.score(seen)
+                found = self.tools.observer.score(seen)
                 scores = found if scores is None else torch.maximum(scores, found)
             first += rows
         return torch.cat(outputs, dim=2), scores
@@ -271,8 +222,8 @@ class StepRun:
             tail_rows=tail_rows,
             layer=layer,
             step=self.step.index,
-            config=self.config,
-            backend=self.backend,
+            config=self.reading.config,
+            backend=self.tools.backend,
         )
 
     def tail_positions(self, first: int, device: torch.device) -> Tensor:
