@@ -59,8 +59,16 @@ def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{name}-{stamp}.json"
-    with path.open("x", encoding="utf-8") as file:
+    path, number = folder / f"{name}-{stamp}.json", 1
+    while True:
+        try:
+            file = path.open("x", encoding="utf-8")
+            break
+        except FileExistsError:
+            # Of a run that ended within the same second.
+            number += 1
+            path = folder / f"{name}-{stamp}-{number}.json"
+    with file:
         json.dump(_without_machine_paths(result), file, indent=1)
         file.write("\n")
     return path

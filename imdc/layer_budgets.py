@@ -87,14 +87,14 @@ def planned_layers(
     if before is None:
         held = steps[0].memory_before
         whole = Step(0, 0, MOST * held, 0, held)
-        before = _fullest(layers, held, MOST * held) if config.layer_budget == "adaptive" else ()
+        before = _fullest(config, layers, held, MOST * held) if config.layer_budget == "adaptive" else ()
         before = before or share_out(config, whole, (0,) * layers)
     found = [tuple(before)]
     seen = max(before)
     for step in steps:
         seen += step.chunk_tokens
         if config.layer_budget == "adaptive":
-            found.append(_fullest(layers, step.memory_after, seen))
+            found.append(_fullest(config, layers, step.memory_after, seen))
         else:
             found.append(share_out(config, step, found[-1]))
     return found
@@ -110,10 +110,12 @@ def shares_in_words(config: PrefillConfig, layers: int, steps: Sequence[Step]) -
     return [f"memory is the average of the layers, which keep {most} by layer_budget={config.layer_budget!r}"]
 
 
-def _fullest(layers: int, mean: int, seen: int) -> tuple[int, ...]:
+def _fullest(config: PrefillConfig, layers: int, mean: int, seen: int) -> tuple[int, ...]:
     if layers == 1:
         return (mean,)
-    first = min(MOST * mean, seen)
+    # The others keep sinks and recent tokens too.
+    always = min(config.sink_tokens + config.recent_tokens, mean)
+    first = min(MOST * mean, seen, layers * mean - (layers - 1) * always)
     each, more = divmod(layers * mean - first, layers - 1)
     return (first, *(each + (layer < more) for layer in range(layers - 1)))
 

@@ -93,7 +93,7 @@ def kernels_seen_by(command: list[str], site: Path) -> str:
 def test_wheel_holds_every_module_and_no_top_level_kernels(wheel: list[str]) -> None:
     expected = {f"imdc/{path.relative_to(ROOT / 'imdc').as_posix()}" for path in (ROOT / "imdc").rglob("*.py")}
     expected |= {f"imdc/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    expected |= {"imdc/py.typed"}
+    expected |= {"imdc/py.typed"} | {f"imdc/cli/report.{kind}" for kind in ("css", "html", "js")}
     shipped = {name for name in wheel if ".dist-info/" not in name}
     assert shipped == expected
 

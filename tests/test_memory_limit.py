@@ -188,7 +188,7 @@ def test_free_memory_counts_what_linux_can_reclaim(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         "builtins.open", meminfo("MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable: 60 kB\nCached: 59 kB\n")
     )
-    assert engine._free_bytes(torch.device("cpu")) == 60 * 1024
+    assert engine.free_bytes(torch.device("cpu")) == 60 * 1024
 
 
 def test_free_memory_that_no_system_tells_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_free_memory_that_no_system_tells_is_refused_by_name(monkeypatch: pytest
         with monkeypatch.context() as patched:
             patched.setattr(engine, "open", meminfo("MemTotal: 100 kB\n"), raising=False)
             patched.setattr(engine, "os", SimpleNamespace(sysconf=unknown))
-            assert engine._free_bytes(torch.device("cpu")) is None
+            assert engine.free_bytes(torch.device("cpu")) is None
             with pytest.raises(
                 ConfigError, match=r"memory_limit=0\.5 is a share of the device, whose size is not known"
             ):

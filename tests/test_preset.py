@@ -29,6 +29,7 @@ WRITTEN_OUT: dict[str, Any] = {
     "pool_kernel": 5,
     "sink_tokens": 4,
     "recent_tokens": 0,
+    "layer_budget": "uniform",
     "positions": "compact",
 }
 
