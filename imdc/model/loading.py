@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -162,8 +163,16 @@ def _write_dequantised(path: Path, folder: Path) -> None:
     # Releases with GgufConfig keep the weights packed unless told otherwise; earlier ones always dequantise.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer = _gguf_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    # transformers and gguf make millions of small objects of the vocabulary; looking for garbage among them again and
+    # again takes a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        tokenizer = _gguf_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    finally:
+        if collecting:
+            gc.enable()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
