@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from imdc.kernels.reference import key_mass, rotate
+from imdc.kernels.reference import rotate
 from tiny_models import FAMILIES, build
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def random_recall(tokens: int, compact: bool) -> tuple[Recall, Tensor, Tensor, T
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(("block", "held"), [(4096, 2**26), (64, 2**26), (64, 0), (64, 3 * 64 * 4 * 4 * 7)])
-def test_what_is_taken_back_has_the_most_mass(
+def test_what_is_taken_back_is_what_one_token_attends_to_most(
     compact: bool, softcap: float | None, block: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recall, "_BLOCK_TOKENS", block)
@@ -74,8 +74,11 @@ def test_what_is_taken_back_has_the_most_mass(
         assert out is None
     else:
         torch.testing.assert_close(out, attended)
-    mass = key_mass(asked, all_keys, lse, rows=7, scored_keys=tokens, pool_kernel=3, **options)
-    chosen = REFERENCE.select(mass, 20, sink_tokens=2, recent_tokens=4)
+    logits = 0.4 * torch.einsum("hgnd,htd->hgnt", asked[0].view(2, 2, 7, 16), all_keys[0, :, :tokens])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    highest = (logits - lse.view(2, 2, 7, 1)).exp().amax(dim=(1, 2))
+    scores = torch.nn.functional.max_pool1d(highest[None], 3, stride=1, padding=1)
+    chosen = REFERENCE.select(scores, 20, sink_tokens=2, recent_tokens=0)
     for got, stored in ((keys, one.store.keys[0]), (values, one.store.values[0])):
         assert torch.equal(got, torch.stack([stored[0, chosen[0, head], head] for head in range(2)])[None])
     assert one.moved_bytes >= one.store.keys[0].nbytes + keys.nbytes + values.nbytes

@@ -3,13 +3,14 @@
 For one layer, with queries q_r (r = 0..n-1) of a question of n tokens, keys k_j of the text (j = 0..N-1) and of the
 question itself, and p the softmax over all of these that r may see:
 
-    mass_j = mean over r and over the query heads of a KV group of p_rj
+    score_j = max over r and over the query heads of a KV group of p_rj
 
-As in `imdc.kernels.reference.key_mass`, and as for every chunk that is read: pooled over neighbours, the best are
-retained. The difference is that nothing was evicted from these N. While the question is read it attends to all of them,
-exactly: with what is taken back alone, what it asks in the upper layers is distorted by what the lower ones lack. The
-answer then attends to what was taken back. Keys and values come from host memory in blocks; of the logits, float32
-[Hq, n, N], as much is held as `_HELD_BYTES` says, and the rest is computed a second time.
+Pooled over neighbours, the best are taken, and the sinks. A chunk that is read is scored by the mean instead; here
+one token of the question in one head may be all that looks for the answer, and a mean over all of them drowns it. No
+latest tokens of the text are forced in: the question is no continuation of them. While the question is read it
+attends to all of them, exactly: with what is taken back alone, what it asks in the upper layers is distorted by what
+the lower ones lack. The answer then attends to what was taken back. Keys and values come from host memory in blocks;
+of the logits, float32 [Hq, n, N], as much is held as `_HELD_BYTES` says, and the rest is computed a second time.
 
 Compact positions may number less than N keys, so for scoring neighbours share a position, in the manner of SelfExtend
 (arXiv 2401.01325): key j is at floor(j * S / N) and the question begins at S, with as many positions S as the model's
@@ -91,7 +92,7 @@ class Recall:
             scores,
             keep,
             sink_tokens=self.config.sink_tokens,
-            recent_tokens=self.config.recent_tokens,
+            recent_tokens=0,
         )
         index = places.to("cpu").transpose(1, 2)[..., None].expand(-1, -1, -1, own_k.shape[3])
         keys, values = (side[layer].gather(1, index) for side in (self.store.keys, self.store.values))
@@ -122,14 +123,14 @@ class Recall:
             if len(held) * _BLOCK_TOKENS == first and (len(held) + 1) * logits.nbytes <= _HELD_BYTES:
                 held.append(logits)
         out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float())
-        mass = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
+        highest = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
         for number, first in enumerate(range(0, self.store.tokens, _BLOCK_TOKENS)):
             logits = held[number] if number < len(held) else self._block(layer, first, asking, span, scale, softcap)
             shares = logits.sub_(lse[..., None]).exp_()
-            mass[:, first : first + shares.shape[-1]] = shares.mean(dim=1)
+            highest[:, first : first + shares.shape[-1]] = shares.amax(dim=1)
             if whole:
                 out.baddbmm_(shares, self._values(layer, first, q.device))
-        scores = pool(mass[None], self.config.pool_kernel, self.config.pooling)
+        scores = pool(highest[None], self.config.pool_kernel, self.config.pooling)
         return scores, rearrange(out, "h (g n) d -> 1 (h g) n d", n=rows).to(q.dtype) if whole else None
 
     def _values(self, layer: int, first: int, device: torch.device) -> Tensor:
