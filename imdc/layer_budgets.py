@@ -46,6 +46,9 @@ def share_out(
         before: KV pairs that each compressed layer holds before the step.
         retention: per layer the mean retention ratio of the steps so far, for "adaptive"; None where there is none.
     """
+    if not before:
+        # A model whose layers all have sliding windows.
+        return ()
     layers, mean = len(before), step.memory_after
     if config.layer_budget == "uniform" and len(set(before)) <= 1:
         return (mean,) * layers

@@ -288,6 +288,8 @@ def calls(draw: st.DrawFn) -> Call:
 SMALL = {"memory_tokens": 40, "chunk_tokens": 16, "sink_tokens": 1, "recent_tokens": 4, "initial_memory": 0.25}
 # Calls that once broke a promise.
 FOUND = {
+    # There was no layer that could have had a share.
+    "a layer budget without full layers": Call("mistral_sliding", ((60,),), {**SMALL, "layer_budget": "pyramid"}),
     # transformers passes the whole history of an assisted call again, and the cache held its beginning twice.
     "lookup in a second turn": Call("llama", ((91,), (48,)), {"schedule": "full"}, mode="lookup", period=7),
     "windows, lookup in a second turn": Call("gemma2", ((91,), (48,)), SMALL, mode="lookup", new_tokens=6, period=7),
