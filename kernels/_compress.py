@@ -18,23 +18,57 @@ Reference: `kernels/reference.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._attention import exponents, load_block
 from ._device import move_rows, ordered, places, pooled_scores, widened
-from ._launch import INTERPRETED
+from ._launch import INTERPRETED, strided
 from .limits import TILE
 
 INTERPRETED_TILE = 64  # small enough that small tests take several
 MOVED_BYTES = 32768  # of keys, and as many of values, that a program moves at a time
 
 
-def compression_blocks(block_d: int, element_size: int) -> dict[str, int]:
-    """Sizes, in order, of what a program that compresses a KV head moves and looks through at a time."""
+def compression_arguments(
+    source_k: Tensor,
+    source_v: Tensor,
+    mass: Tensor,
+    ranks: Tensor,
+    indices: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    *,
+    pool_kernel: int,
+    sink_tokens: int,
+    recent_tokens: int,
+) -> dict[str, Any]:
+    """Arguments, in order, that every kernel has which compresses KV heads."""
+    return {
+        **strided("source_k", source_k, ("stride_sb", "stride_sh", "stride_st")),
+        **strided("source_v", source_v, ("stride_ub", "stride_uh", "stride_ut")),
+        "mass": mass,
+        "ranks": ranks,
+        "indices": indices,
+        "new_k": new_k,
+        "new_v": new_v,
+        "scored": mass.shape[2],
+        "keep": indices.shape[2],
+        "reach": pool_kernel // 2,
+        "sink_tokens": sink_tokens,
+        "recent_tokens": recent_tokens,
+    }
+
+
+def compression_blocks(block_d: int, element_size: int, pooling: str) -> dict[str, Any]:
+    """Constants, in order, of such a kernel: what a program moves and looks through at a time, and how it pools."""
     return {
         "BLOCK_T": 16 if INTERPRETED else MOVED_BYTES // (block_d * element_size),
         "TILE": INTERPRETED_TILE if INTERPRETED else TILE,
+        "AVERAGE": pooling == "avg",
     }
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compress import compress_head, compression_blocks, weigh_keys
+from ._compress import compress_head, compression_arguments, compression_blocks, weigh_keys
 from ._device import LOG2E, widened
 from ._launch import (
     INTERPRETER,
@@ -56,8 +56,8 @@ def _compress_kernel(
     lse, stride_lb, stride_lh,
     source_k, stride_sb, stride_sh, stride_st,
     source_v, stride_ub, stride_uh, stride_ut,
-    mass, ranks, indices, new_k, new_v,
-    queries, keys, kv_heads, observers, every, scored, keep, reach, sink_tokens, recent_tokens, scale, softcap,
+    mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
+    queries, keys, kv_heads, observers, every, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
@@ -168,27 +168,20 @@ def plan_compress(
                 passed=descriptor(k, config.columns, block_d) if config.descriptors else k,
             ),
             **strided("lse", lse, ("stride_lb", "stride_lh")),
-            **strided("source_k", source_k, ("stride_sb", "stride_sh", "stride_st")),
-            **strided("source_v", v, ("stride_ub", "stride_uh", "stride_ut")),
-            "mass": mass,
-            "ranks": ranks,
-            "indices": indices,
-            "new_k": new_k,
-            "new_v": new_v,
+            **compression_arguments(
+                *(source_k, v, mass, ranks, indices, new_k, new_v),
+                pool_kernel=pool_kernel,
+                sink_tokens=sink_tokens,
+                recent_tokens=recent_tokens,
+            ),
             "queries": q.shape[2],
             "keys": k.shape[2],
             "kv_heads": k.shape[1],
             "observers": rows,
             "every": stride,
-            "scored": mass.shape[2],
-            "keep": indices.shape[2],
-            "reach": pool_kernel // 2,
-            "sink_tokens": sink_tokens,
-            "recent_tokens": recent_tokens,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            **compression_blocks(block_d, q.element_size()),
-            "AVERAGE": pooling == "avg",
+            **compression_blocks(block_d, q.element_size(), pooling),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import attend
-from ._compress import compress_head, compression_blocks, weigh_keys
+from ._compress import compress_head, compression_arguments, compression_blocks, weigh_keys
 from ._device import rounded, widened
 from ._launch import Config, Launch, descriptor, logit_arguments, strided
 
@@ -42,8 +42,8 @@ def _fused_step_kernel(
     out, stride_ob, stride_oh, stride_oq,
     source_k, stride_sb, stride_sh, stride_st,
     source_v, stride_ub, stride_uh, stride_ut,
-    mass, ranks, indices, new_k, new_v,
-    queries, keys, kv_heads, kv_rows, observers, scored, keep, reach, sink_tokens, recent_tokens, scale, softcap,
+    mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
+    queries, keys, kv_heads, kv_rows, observers, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
@@ -155,27 +155,20 @@ def plan_fused_step(
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt"), passed_k),
             **strided("v", v, ("stride_vb", "stride_vh", "stride_vt"), passed_v),
             **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
-            **strided("source_k", source_k, ("stride_sb", "stride_sh", "stride_st")),
-            **strided("source_v", v, ("stride_ub", "stride_uh", "stride_ut")),
-            "mass": mass,
-            "ranks": ranks,
-            "indices": indices,
-            "new_k": new_k,
-            "new_v": new_v,
+            **compression_arguments(
+                *(source_k, v, mass, ranks, indices, new_k, new_v),
+                pool_kernel=pool_kernel,
+                sink_tokens=sink_tokens,
+                recent_tokens=recent_tokens,
+            ),
             "queries": queries,
             "keys": keys,
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
             "observers": rows,
-            "scored": mass.shape[2],
-            "keep": indices.shape[2],
-            "reach": pool_kernel // 2,
-            "sink_tokens": sink_tokens,
-            "recent_tokens": recent_tokens,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            **compression_blocks(block_d, q.element_size()),
-            "AVERAGE": pooling == "avg",
+            **compression_blocks(block_d, q.element_size(), pooling),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -86,22 +86,22 @@ class StepRun:
         candidates = stored + self.step.chunk_tokens
         keep = self._after.get(layer, candidates)
         drops = keep < candidates
-        fused = self.tools.observer.is_mass and self.tools.backend.compress_step is not None and len(self.questions) < 2
-        if drops and self._votes is not None and fused:
-            assert self.tools.backend.compress_step is not None
-            out, kept_k, kept_v, chosen = self.tools.backend.compress_step(
+        compress_step, config = self.tools.backend.compress_step, self.reading.config
+        together = self.tools.observer.is_mass and len(self.questions) < 2
+        if drops and self._votes is not None and together and compress_step is not None:
+            out, kept_k, kept_v, chosen = compress_step(
                 q,
                 turned,
                 values,
                 scale=scale,
                 keep=keep,
                 rows=self._votes,
-                stride=self.reading.config.observation_stride,
+                stride=config.observation_stride,
                 scored_keys=candidates,
-                sink_tokens=self.reading.config.sink_tokens,
-                recent_tokens=self.reading.config.recent_tokens,
-                pool_kernel=self.reading.config.pool_kernel,
-                pooling=self.reading.config.pooling,
+                sink_tokens=config.sink_tokens,
+                recent_tokens=config.recent_tokens,
+                pool_kernel=config.pool_kernel,
+                pooling=config.pooling,
                 softcap=softcap,
                 kept_k=keys,
             )
@@ -122,8 +122,8 @@ class StepRun:
             chosen = self.tools.backend.select(
                 scores,
                 keep,
-                sink_tokens=self.reading.config.sink_tokens,
-                recent_tokens=self.reading.config.recent_tokens,
+                sink_tokens=config.sink_tokens,
+                recent_tokens=config.recent_tokens,
             )
             kept_k, kept_v = self.tools.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
