@@ -15,6 +15,7 @@ from imdc.model.parts import Parts
 from imdc.observers import Observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.recall import Recall
+from imdc.prefill.recording import Recorder
 from imdc.prefill.turn import RowTurn
 
 
@@ -82,6 +83,7 @@ class RowReading:
         questions: lengths of the questions that tail rows are; empty where all of them follow the text together.
         store: where all pairs that are read go.
         recall: what takes pairs back from a store, in exchange for the row's.
+        recorder: what notes for a probe what the layers keep; None where none is on.
     """
 
     row: Row
@@ -91,9 +93,10 @@ class RowReading:
     questions: tuple[int, ...] = ()
     store: HostStore | None = None
     recall: Recall | None = None
+    recorder: Recorder | None = None
 
     @classmethod
-    def of(cls, turn: RowTurn, tools: Tools) -> RowReading:
+    def of(cls, turn: RowTurn, tools: Tools, recorder: Recorder | None = None) -> RowReading:
         """The reading of a turn that begins."""
         row, store, fresh = turn.row, turn.store, turn.row.tokens == 0
         recall = None
@@ -107,4 +110,5 @@ class RowReading:
             questions=turn.questions,
             store=store if fresh else None,
             recall=recall,
+            recorder=recorder,
         )
