@@ -84,6 +84,8 @@ class RowReading:
         store: where all pairs that are read go.
         recall: what takes pairs back from a store, in exchange for the row's.
         recorder: what notes for a probe what the layers keep; None where none is on.
+        entropies: of the compressed layers' keys in the first chunk, where the layer budget asks for them and there are
+            further steps to use them; None elsewhere.
     """
 
     row: Row
@@ -94,6 +96,13 @@ class RowReading:
     store: HostStore | None = None
     recall: Recall | None = None
     recorder: Recorder | None = None
+    entropies: dict[int, float] | None = None
+
+    def measured(self, layers: Sequence[int]) -> list[float] | None:
+        """What the shares of `layers` in a growing memory go by, as far as it is known; see `imdc.layer_budgets`."""
+        if self.config.layer_budget == "entropy":
+            return [self.entropies[layer] for layer in layers] if self.entropies else None
+        return self.retention.means()
 
     @classmethod
     def of(cls, turn: RowTurn, tools: Tools, recorder: Recorder | None = None) -> RowReading:
@@ -111,4 +120,5 @@ class RowReading:
             store=store if fresh else None,
             recall=recall,
             recorder=recorder,
+            entropies={} if turn.config.layer_budget == "entropy" and len(turn.steps) > 1 else None,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imdc.layer_budgets import share_out
+from imdc.prefill.key_entropy import key_entropy
 from imdc.prefill.observation import Observation
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import Recorder
@@ -32,7 +33,8 @@ class StepRun:
         self.tools, self.reading, self.parts, self.row, self.step = tools, reading, parts, row, step
         full, config = parts.full_layers, reading.config
         held = [row.stored(layer) for layer in full]
-        after = share_out(config, step, held, reading.retention.means())
+        after = share_out(config, step, held, reading.measured(full))
+        self._measures = reading.entropies == {}
         self._after = dict(zip(full, after, strict=True))
         self.fullest_after = max(after, default=0)
         # Memory that the layers of a type hold at most: their keys are numbered backwards from one start.
@@ -85,6 +87,9 @@ class StepRun:
                 turned = self.tools.backend.rotate(keys, cos, sin)
             q = self.tools.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
+        if self._measures and self.reading.entropies is not None and window is None:
+            # Before attention: its output is larger than what this takes for a moment, so it raises no peak.
+            self.reading.entropies[layer] = key_entropy(turned[:, :, stored:candidates])
         keep = self._after.get(layer, candidates)
         drops = keep < candidates
         if drops and self.reading.recorder is not None:
