@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.cli.options import add_config_options, config_from
-from imdc.config import PrefillConfig
+from imdc.config import MEASURED_BUDGETS, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.config_file import read_config
 from imdc.model.shape import DTYPE_BYTES, ModelShape
@@ -212,8 +212,8 @@ def _solve(
 def _others(plan: Plan, device: str) -> dict[str, int]:
     """Peaks of the other schedules with the same memory and chunk, and of the unpatched model."""
     peaks = {}
-    # Only what grows can be shared out adaptively.
-    others = "uniform" if plan.config.layer_budget == "adaptive" else plan.config.layer_budget
+    # Only what grows can be shared out by what is measured meanwhile.
+    others = "uniform" if plan.config.layer_budget in MEASURED_BUDGETS else plan.config.layer_budget
     for schedule in ("imdc", "im", "fm", "full"):
         if schedule != plan.config.schedule:
             config = replace(plan.config, schedule=schedule, layer_budget=others)

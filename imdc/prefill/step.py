@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from imdc.layer_budgets import share_out
+from imdc.prefill.key_entropy import key_entropy
 from imdc.prefill.observation import Observation
 from imdc.prefill.reading import RowReading, Tools
+from imdc.prefill.recording import Recorder
 from imdc.prefill.renumber import Tables, moved
 from imdc.schedule import Step, observing_rows
 
@@ -31,7 +33,8 @@ class StepRun:
         self.tools, self.reading, self.parts, self.row, self.step = tools, reading, parts, row, step
         full, config = parts.full_layers, reading.config
         held = [row.stored(layer) for layer in full]
-        after = share_out(config, step, held, reading.retention.means())
+        after = share_out(config, step, held, reading.measured(full))
+        self._measures = reading.entropies == {}
         self._after = dict(zip(full, after, strict=True))
         self.fullest_after = max(after, default=0)
         # Memory that the layers of a type hold at most: their keys are numbered backwards from one start.
@@ -84,8 +87,14 @@ class StepRun:
                 turned = self.tools.backend.rotate(keys, cos, sin)
             q = self.tools.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
+        if self._measures and self.reading.entropies is not None and window is None:
+            # Before attention: its output is larger than what this takes for a moment, so it raises no peak.
+            self.reading.entropies[layer] = key_entropy(turned[:, :, stored:candidates])
         keep = self._after.get(layer, candidates)
         drops = keep < candidates
+        if drops and self.reading.recorder is not None:
+            # Before the questions' keys are moved; see `_attend_apart`.
+            self._show(self.reading.recorder, layer, q, turned, scale=scale, softcap=softcap)
         compress_step, config = self.tools.backend.compress_step, self.reading.config
         together = self.tools.observer.is_mass and len(self.questions) < 2
         if drops and self._votes is not None and together and compress_step is not None:
@@ -106,7 +115,7 @@ class StepRun:
                 kept_k=keys,
             )
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
-            self._count_retained(layer, chosen, stored)
+            self._note_kept(layer, chosen, stored)
             return out
         options = {"scale": scale, "softcap": softcap}
         if whole is not None:
@@ -129,7 +138,7 @@ class StepRun:
             )
             kept_k, kept_v = self.tools.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
-            self._count_retained(layer, chosen, stored)
+            self._note_kept(layer, chosen, stored)
         else:
             kept = slice(0 if window is None else max(0, candidates - window + 1), candidates)
             places = torch.arange(kept.start, kept.stop, device=keys.device)
@@ -153,7 +162,22 @@ class StepRun:
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.row.keys[layer], self.row.values[layer] = keys, values
 
-    def _count_retained(self, layer: int, chosen: Tensor, stored: int) -> None:
+    def _show(self, recorder: Recorder, layer: int, q: Tensor, k: Tensor, **logits: Any) -> None:
+        config, chunk = self.reading.config, self.step.chunk_tokens
+        recorder.see(
+            layer,
+            q,
+            k,
+            chunk_tokens=chunk,
+            tails=self.questions or (self.tail_rows,),
+            rows=self._votes or min(config.observation_tokens, chunk),
+            stride=config.observation_stride,
+            **logits,
+        )
+
+    def _note_kept(self, layer: int, chosen: Tensor, stored: int) -> None:
+        if self.reading.recorder is not None:
+            self.reading.recorder.keep(layer, chosen)
         if stored:
             # Not read here: that would make the host wait for the device in every layer.
             self._retained[layer] = torch.count_nonzero(chosen < stored), stored * chosen.shape[1]
