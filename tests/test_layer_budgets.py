@@ -160,7 +160,8 @@ def test_layers_whose_keys_have_more_entropy_get_more() -> None:
             cache = handle.new_cache()
             model(prompt(500), **{hf.CACHE_NAME: cache})
         shares[positions] = lengths(cache)
-        assert min(lengths(cache)[3] - kept for kept in lengths(cache)[:3]) > 20
+        # Shares of 1, 1, 1 and above 3, of which no layer takes more than twice the average.
+        assert sorted(lengths(cache)[:3]) == [42, 43, 43] and lengths(cache)[3] == 128
     # Keys are measured rotated in both, so positions change nothing of it.
     assert shares["original"] == shares["compact"]
 
