@@ -141,8 +141,9 @@ def test_key_entropy_counts_the_directions_of_keys_up_to_a_quarter_of_them(direc
     assert key_entropy(keys) == pytest.approx(entropy, abs=1e-5)
 
 
-def test_keys_that_are_all_the_same_have_no_entropy() -> None:
+def test_keys_that_are_all_the_same_or_overflowed_have_no_entropy() -> None:
     assert key_entropy(unit(1, 2, 1, 16)) == key_entropy(torch.ones(1, 2, 9, 16)) == 0.0
+    assert key_entropy(1e5 * unit(1, 2, 30, 16).half() * 1e5) == 0.0
 
 
 def test_layers_whose_keys_have_more_entropy_get_more() -> None:
