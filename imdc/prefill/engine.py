@@ -215,11 +215,14 @@ class Engine:
     def _batch(self, cache: ImdcCache, texts: list[Tensor], rows: int, copies: int) -> Batch:
         """What is read, as the planner wants it; inside `generate()` at least one token follows."""
         seen = 0 if cache.rows is None else int(cache.rows.tokens.max()) + cache.tail
+        new_tokens, asked = max(1, cache.expected_new_tokens or 0), cache.turn is not None and cache.turn.asked
         return Batch(
             prompt_tokens=max(text.numel() for text in texts),
             rows=rows,
             cache_rows=copies,
-            new_tokens=max(1, cache.expected_new_tokens or 0),
+            # The longest question takes more than a short one with a long answer.
+            new_tokens=1 if asked else new_tokens,
+            question_tokens=new_tokens if asked else 0,
             seen_tokens=seen,
             stored_tokens=cache.stored_tokens(),
             stored_bytes=cache.held_bytes(),

@@ -16,10 +16,11 @@ from imdc.config import PrefillConfig, resolve_config
 from imdc.errors import UnsupportedCallError, UnsupportedModelError
 from imdc.model import hf
 from imdc.model.parts import Parts
+from imdc.planner.batch import DEFAULT_ROOM
 from imdc.prefill import hook
 from imdc.prefill.boundary import Boundary
 from imdc.prefill.engine import Engine
-from imdc.prefill.questions import DEFAULT_ROOM, question_batch, question_request, read_document, with_questions
+from imdc.prefill.questions import question_batch, question_request, read_document, with_questions
 from imdc.prefill.reader import OnStep
 from imdc.prefill.recording import ProbeResult
 from imdc.prefill.requests import check_masks, refuse_continuous_batching

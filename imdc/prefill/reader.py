@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ class Reader:
         recorder = None if self.recorded is None else Recorder(turn, self.parts, number)
         reading = RowReading.of(turn, self.tools, recorder)
         if row.compact and row.tokens and not reading.rotated:
-            self._turn(row, row.position, back=True)
+            full, recall = self.parts.full_layers, reading.recall
+            replaced = [layer for layer in full if recall is not None and recall.replaces(row.stored(layer))]
+            self._turn(row, row.position, back=True, leave_out=replaced)
         output: Any = None
         logits: list[Tensor] = []
         for step, tail in zip(steps, turn.tails, strict=True):
@@ -142,10 +144,10 @@ class Reader:
         span = max(turn.questions, default=tail)
         return min(unread, self.parts.trained_window - fullest - step.chunk_tokens - span)
 
-    def _turn(self, row: Row, end: int, *, back: bool = False) -> None:
+    def _turn(self, row: Row, end: int, *, back: bool = False, leave_out: Sequence[int] = ()) -> None:
         """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""
         for layer, keys in enumerate(row.keys):
-            if keys is None:
+            if keys is None or layer in leave_out:
                 continue
             positions = torch.arange(end - keys.shape[2], end, device=keys.device)
             # transformers rotates in the model's dtype, and a memory that dropped nothing must equal its cache.

@@ -63,7 +63,7 @@ class StepRun:
         if self.reading.store is not None and window is None:
             chunk = self.step.chunk_tokens
             self.reading.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
-        if self.reading.recall is not None and window is None and stored < self.reading.recall.store.tokens:
+        if self.reading.recall is not None and window is None and self.reading.recall.replaces(stored):
             self.row.keys[layer], self.row.values[layer], whole = self.reading.recall.take(
                 layer, q, k, v, keep=stored, scale=scale, softcap=softcap
             )
@@ -118,7 +118,9 @@ class StepRun:
             self._note_kept(layer, chosen, stored)
             return out
         options = {"scale": scale, "softcap": softcap}
-        if len(self.questions) > 1:
+        if whole is not None:
+            out, scores = whole, None
+        elif len(self.questions) > 1:
             out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
         else:
             out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
@@ -142,13 +144,16 @@ class StepRun:
             places = torch.arange(kept.start, kept.stop, device=keys.device)
             kept_k = self._moved(layer, keys[:, :, kept].clone(), places, tables)
             self._store(layer, kept_k, values[:, :, kept].clone())
-        return out if whole is None else whole
+        return out
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
         if not self.reading.rotated or tables is None:
             return keys
         end = self.fullest_after
+        if end == self._first + self.step.chunk_tokens and keys.shape[2] == tables[0].shape[-2] - self.tail_rows:
+            # Neither this layer nor the fullest one drops any, so all keep their numbers.
+            return keys
         numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
         new = self.parts.rotary(layer, numbers, tables[0].dtype)
         # Tokens seen so far tell one compression of a row from the next.
