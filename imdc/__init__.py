@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from imdc.prefill.explain import explain as explain
     from imdc.prefill.patch import PatchHandle as PatchHandle
     from imdc.prefill.patch import patch as patch
+    from imdc.prefill.probe import probe as probe
+    from imdc.prefill.recording import ProbeResult as ProbeResult
     from imdc.report import PrefillReport as PrefillReport
     from imdc.report import StepReport as StepReport
 
@@ -29,6 +31,8 @@ _HOMES = {
     "ImdcCache": "imdc.cache.cache",
     "PatchHandle": "imdc.prefill.patch",
     "patch": "imdc.prefill.patch",
+    "ProbeResult": "imdc.prefill.recording",
+    "probe": "imdc.prefill.probe",
     "load_cache": "imdc.cache.file",
     "save_cache": "imdc.cache.file",
     "Plan": "imdc.planner.plan",

@@ -20,7 +20,8 @@ SCHEDULES = ("imdc", "im", "fm", "full")
 UNPATCHED = "unpatched"
 GROWTHS = ("linear", "sqrt", "square", "inverse_convex", "inverse_concave")
 BALANCES = ("tokens", "bytes")
-LAYER_BUDGETS = ("uniform", "pyramid", "adaptive")
+MEASURED_BUDGETS = ("adaptive", "entropy")
+LAYER_BUDGETS = ("uniform", "pyramid", *MEASURED_BUDGETS)
 POSITIONS = ("auto", "original", "compact")
 STARTS = ("auto", PER_STEP)
 RECALLS = ("none", "host")
@@ -73,7 +74,8 @@ class PrefillConfig:
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
         layer_budget: how the layers share that memory, at the same total: "uniform", "pyramid" (less with depth, as in
-            PyramidKV) or "adaptive" ("im" and "imdc": more for layers that retain more while the prompt is read).
+            PyramidKV) or, for "im" and "imdc", by what is measured while reading: "adaptive" (more for layers that
+            retain more) or "entropy" (more for layers whose keys have a higher matrix entropy, after UNComp).
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
         decode_tokens: generated tokens after which the cache is compressed again; None lets it grow, with compact
@@ -139,10 +141,10 @@ class PrefillConfig:
                     f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
                     f"it out"
                 )
-        if self.layer_budget == "adaptive" and self.schedule in ("fm", "full"):
+        if self.layer_budget in MEASURED_BUDGETS and self.schedule in ("fm", "full"):
             raise ConfigError(
-                f"layer_budget='adaptive' shares out what the memory grows by, and schedule={self.schedule!r} has none "
-                f"of that; take schedule='imdc' or 'im', or layer_budget='pyramid'"
+                f"layer_budget={self.layer_budget!r} shares out what the memory grows by, and "
+                f"schedule={self.schedule!r} has none of that; take schedule='imdc' or 'im', or layer_budget='pyramid'"
             )
         self._check_memory()
         self._check_chunk()

@@ -11,6 +11,11 @@ of compressed layers, so that two budgets compare at equal memory:
                its memory from step to step gets more. Only what the memory grows by is shared out so: no layer shrinks,
                and the total never passes its level while the layers of a step run. There, all layers end at the full
                memory; here, the last step keeps the shares and the total.
+    entropy    as "adaptive", by the softmax of the truncated matrix entropy of the layers' keys in the first chunk
+               (UNComp, arXiv 2410.03090, and its code; `imdc.prefill.key_entropy`): a layer whose keys have more
+               entropy gets more. UNComp measures queries too, over the whole prompt; by entropy it sorts heads into
+               groups with budgets of their own, and drops hidden states in layers where the entropy has fallen. Here
+               it decides about layers alone, before most of the prompt was read.
 
 No layer holds more than twice the average, nor more than it has read, nor less than sinks and recent tokens; what that
 cuts off goes to the others.
@@ -21,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from imdc.config import PrefillConfig
+from imdc.config import MEASURED_BUDGETS, PrefillConfig
 from imdc.schedule import Step
 
 # The fullest layer holds at most so many times the average.
@@ -36,7 +41,7 @@ def fullest_share(config: PrefillConfig) -> int:
 
 
 def share_out(
-    config: PrefillConfig, step: Step, before: Sequence[int], retention: Sequence[float] | None = None
+    config: PrefillConfig, step: Step, before: Sequence[int], measured: Sequence[float] | None = None
 ) -> tuple[int, ...]:
     """KV pairs that each compressed layer keeps after a step; they add up to `step.memory_after` per layer.
 
@@ -44,7 +49,8 @@ def share_out(
         config: the options.
         step: chunk, and memory per layer on average.
         before: KV pairs that each compressed layer holds before the step.
-        retention: per layer the mean retention ratio of the steps so far, for "adaptive"; None where there is none.
+        measured: per layer the mean retention ratio of the steps so far for "adaptive", the entropy of its keys for
+            "entropy"; None where there is none yet.
     """
     if not before:
         # A model whose layers all have sliding windows.
@@ -62,7 +68,7 @@ def share_out(
     if layers * mean < sum(before):
         # Later turns and answers are compressed to the shares that were found.
         return _level(layers * mean, [float(held) for held in before], flat, always, room)
-    shares = [math.exp(ratio) for ratio in retention] if retention else [float(held or 1) for held in before]
+    shares = [math.exp(value) for value in measured] if measured else [float(held or 1) for held in before]
     return _level(layers * mean, shares, flat, [min(*both) for both in zip(before, room, strict=True)], room)
 
 
@@ -77,7 +83,7 @@ def planned_layers(
 ) -> list[tuple[int, ...]]:
     """KV pairs of each of `layers` compressed layers before the first step, and after each of `steps`.
 
-    What "adaptive" will measure is not known before: there the first layer stands for the fullest that may be.
+    What will be measured is not known before: there the first layer stands for the fullest that may be.
 
     Args:
         config: the options.
@@ -90,13 +96,13 @@ def planned_layers(
     if before is None:
         held = steps[0].memory_before
         whole = Step(0, 0, MOST * held, 0, held)
-        before = _fullest(config, layers, held, MOST * held) if config.layer_budget == "adaptive" else ()
+        before = _fullest(config, layers, held, MOST * held) if config.layer_budget in MEASURED_BUDGETS else ()
         before = before or share_out(config, whole, (0,) * layers)
     found = [tuple(before)]
     seen = max(before)
     for step in steps:
         seen += step.chunk_tokens
-        if config.layer_budget == "adaptive":
+        if config.layer_budget in MEASURED_BUDGETS:
             found.append(_fullest(config, layers, step.memory_after, seen))
         else:
             found.append(share_out(config, step, found[-1]))
@@ -108,7 +114,7 @@ def shares_in_words(config: PrefillConfig, layers: int, steps: Sequence[Step]) -
     last = planned_layers(config, layers, steps)[-1]
     if len(set(last)) < 2:
         return []
-    least = "" if config.layer_budget == "adaptive" else f"{min(last)} to "
+    least = "" if config.layer_budget in MEASURED_BUDGETS else f"{min(last)} to "
     most = f"{least}{max(last)}" if least else f"at most {max(last)}"
     return [f"memory is the average of the layers, which keep {most} by layer_budget={config.layer_budget!r}"]
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
-from imdc.config import PrefillConfig
+from imdc.config import MEASURED_BUDGETS, PrefillConfig
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.footprint import balanced_steps, memory_cost, predict, predict_unpatched
@@ -87,9 +87,10 @@ def test_prediction_knows_a_pyramid_of_layers(family: str, options: dict[str, An
     assert measured.error != measure(model, prompt(1200), replace(config, layer_budget="uniform")).error
 
 
-def test_prediction_bounds_adaptive_layers() -> None:
+@pytest.mark.parametrize("budget", MEASURED_BUDGETS)
+def test_prediction_bounds_layers_that_are_measured(budget: str) -> None:
     """Which layer becomes the fullest is measured, so the plan takes one that holds as much as any may."""
-    config = PrefillConfig(memory_tokens=200, chunk_tokens=120, layer_budget="adaptive")
+    config = PrefillConfig(memory_tokens=200, chunk_tokens=120, layer_budget=budget)
     measured = measure(FAMILIES["llama"](num_hidden_layers=4), prompt(1200), config)
     assert all(step.error >= -0.01 for step in measured.steps) and measured.error < 0.35
 

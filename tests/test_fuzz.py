@@ -267,7 +267,7 @@ def calls(draw: st.DrawFn) -> Call:
         "pool_kernel": draw(st.sampled_from([1, 3, 15])),
         "sink_tokens": sinks,
         "recent_tokens": recent,
-        "layer_budget": draw(st.sampled_from([*LAYER_BUDGETS][: 3 if schedule in ("imdc", "im") else 2])),
+        "layer_budget": draw(st.sampled_from([*LAYER_BUDGETS][: None if schedule in ("imdc", "im") else 2])),
         "decode_tokens": draw(st.one_of(st.none(), st.integers(1, 12))),
         "backend": draw(st.sampled_from(["auto", "reference"])),
     }

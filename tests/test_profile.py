@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 import imdc.cli.profile as command
 from imdc.cli.main import build_parser, main
+from imdc.cli.profile_tables import steps_table, summary_table
 from imdc.cli.report_page import page
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
@@ -251,8 +252,8 @@ def test_tables_fit_into_eighty_columns() -> None:
     prefills = [measure(model, ids, CONFIG), measure_unpatched(model, ids)]
     out = io.StringIO()
     console = Console(file=out, width=80)
-    console.print(command.steps_table(prefills[0]))
-    console.print(command.summary_table(prefills))
+    console.print(steps_table(prefills[0]))
+    console.print(summary_table(prefills))
     printed = out.getvalue()
     assert "\u2026" not in printed
     assert "predicted" in printed and "unpatched" in printed and "tokens/s" in printed

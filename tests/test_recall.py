@@ -18,6 +18,7 @@ from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
+from imdc.planner import recalling
 from imdc.planner.batch import Batch
 from imdc.planner.fit import peak_bytes
 from imdc.prefill import recall
@@ -52,8 +53,8 @@ def random_recall(tokens: int, compact: bool) -> tuple[Recall, Tensor, Tensor, T
 def test_what_is_taken_back_is_what_one_token_attends_to_most(
     compact: bool, softcap: float | None, block: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall, "_BLOCK_TOKENS", block)
-    monkeypatch.setattr(recall, "_HELD_BYTES", held)
+    monkeypatch.setattr(recalling, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(recalling, "HELD_BYTES", held)
     tokens = 300
     one, q, own, own_v = random_recall(tokens, compact)
     keys, values, out = one.take(0, q, own, own_v, keep=20, scale=0.4, softcap=softcap)

@@ -15,6 +15,7 @@ class Turn:
         columns: columns of all turns where an assisted call goes on from a filled cache, until its first forward
             call, which transformers gives the whole text once more; None in others.
         new_tokens: tokens that will be generated at most; None where that is not known.
+        asked: whether a document is read for questions: `new_tokens` are then those of one and its answer.
         reached: whether a forward call came with the cache.
     """
 
@@ -22,4 +23,5 @@ class Turn:
     drafting: bool = False
     columns: int | None = None
     new_tokens: int | None = None
+    asked: bool = False
     reached: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.cli.options import add_config_options, config_from
-from imdc.config import PrefillConfig
+from imdc.config import MEASURED_BUDGETS, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.config_file import read_config
 from imdc.model.shape import DTYPE_BYTES, ModelShape
@@ -17,7 +17,7 @@ from imdc.planner.batch import Batch
 from imdc.planner.fit import LEAST_CHUNK, MOST_STEPS, fit_chunk, largest_within, peak_bytes, with_chunk, with_memory
 from imdc.planner.footprint import predict_unpatched
 from imdc.planner.gpus import GPUS, Gpu, find_gpu
-from imdc.planner.plan import Plan, plan_shape
+from imdc.planner.plan import Plan, asked, plan_shape
 from imdc.units import format_bytes, format_tokens, parse_bytes, parse_tokens
 
 # A bounded prefill takes the same memory for any longer prompt; looking further would only take time.
@@ -48,6 +48,12 @@ class Outcome:
     others: dict[str, int]
     longest_unpatched: int | None
 
+    @property
+    def least_recall_seconds(self) -> float | None:
+        """Time below which a question cannot take back its pairs; None without recall or a GPU whose link is known."""
+        moved = self.plan.question_moved_bytes
+        return self.gpu.least_transfer(moved) if self.gpu is not None and moved else None
+
     def as_json(self) -> dict[str, Any]:
         """Values for `--json`."""
         values = {**self.plan.to_dict(), "other_peak_bytes": self.others}
@@ -58,6 +64,7 @@ class Outcome:
         if self.gpu is not None:
             values["gpu"] = self.gpu.name
             values["least_seconds"] = self.plan.least_seconds(self.gpu)
+            values["least_recall_seconds"] = self.least_recall_seconds
         if self.solved is not None:
             values["solved"] = self.solved[0]
             values["solved_without_bound"] = self.solved[1]
@@ -78,6 +85,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="different prompts in one batch (default: 1)")
     parser.add_argument(
         "--new-tokens", default="0", metavar="N", help="tokens that generate() writes afterwards (default: 0)"
+    )
+    parser.add_argument(
+        "--question-tokens",
+        default="0",
+        metavar="N",
+        help="of a question that ask() puts to the document, --new-tokens long answered (default: 0; with recall 64)",
     )
     parser.add_argument(
         "--gpu", metavar="NAME_OR_SIZE", help=f"what it has to fit into: {', '.join(GPUS)}, or a size such as 24GiB"
@@ -122,8 +135,11 @@ def compute(args: argparse.Namespace) -> Outcome:
         )
     if prompt is not None and args.solve != "chunk":
         _check_steps(prompt, config)
-    new_tokens = 0 if args.new_tokens == "0" else parse_tokens(args.new_tokens, "--new-tokens")
-    batch = Batch(prompt or 0, args.rows, new_tokens=new_tokens)
+    new_tokens, question_tokens = (
+        0 if text == "0" else parse_tokens(text, name)
+        for text, name in ((args.new_tokens, "--new-tokens"), (args.question_tokens, "--question-tokens"))
+    )
+    batch = asked(Batch(prompt or 0, args.rows, new_tokens=new_tokens, question_tokens=question_tokens), config)
     solved = None
     if args.solve and limit is not None:
         batch, config, at_end = _solve(args.solve, shape, batch, config, limit, args.device)
@@ -196,8 +212,8 @@ def _solve(
 def _others(plan: Plan, device: str) -> dict[str, int]:
     """Peaks of the other schedules with the same memory and chunk, and of the unpatched model."""
     peaks = {}
-    # Only what grows can be shared out adaptively.
-    others = "uniform" if plan.config.layer_budget == "adaptive" else plan.config.layer_budget
+    # Only what grows can be shared out by what is measured meanwhile.
+    others = "uniform" if plan.config.layer_budget in MEASURED_BUDGETS else plan.config.layer_budget
     for schedule in ("imdc", "im", "fm", "full"):
         if schedule != plan.config.schedule:
             config = replace(plan.config, schedule=schedule, layer_budget=others)
@@ -249,6 +265,11 @@ def render(outcome: Outcome) -> str:
         lines.append(
             f"no faster than {_three_digits(seconds)} s on {outcome.gpu.title}: {_three_digits(work)} TFLOP and the "
             f"weights read {reads:,} time{'s' * (reads > 1)} at its peak rates"
+        )
+    if outcome.least_recall_seconds is not None and outcome.gpu is not None:
+        lines.append(
+            f"no question faster than {_three_digits(1000 * outcome.least_recall_seconds)} ms there: its reading of "
+            f"the store over the link to the host"
         )
     return "\n".join(lines)
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from imdc.cli.answer import check_writable, choose_device, quiet_transformers, read_document, write_text
 from imdc.cli.options import add_config_options, config_from
 from imdc.config import BALANCES, SCHEDULES, UNPATCHED, PrefillConfig
 from imdc.errors import ConfigError, did_you_mean
-from imdc.units import format_bytes, format_percent, format_tokens, parse_tokens
+from imdc.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from imdc.model.shape import ModelShape
+    from imdc.prefill.recording import ProbeResult
     from imdc.profiler.measure import MeasuredPrefill
     from imdc.report import StepReport
 
@@ -40,6 +39,7 @@ class Outcome:
         prompt_tokens: tokens of the prompt.
         prefills: the measured prefills, in the order asked for.
         savings: what IMDC levels -> memory over chunk -> share of FM's predicted peak above the weights that it saves.
+        probes: name of a prefill -> what reading did to the memory; empty without --probe.
     """
 
     model: str
@@ -48,6 +48,7 @@ class Outcome:
     prompt_tokens: int
     prefills: tuple[MeasuredPrefill, ...]
     savings: dict[str, dict[float, float]]
+    probes: dict[str, ProbeResult] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Values for `--json`, and the data of the report page."""
@@ -65,6 +66,7 @@ class Outcome:
                 for balance, savings in self.savings.items()
                 for ratio, saving in savings.items()
             ],
+            "probes": {name: result.to_dict() for name, result in self.probes.items()},
         }
 
 
@@ -91,6 +93,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="draw memory over the prompt, such as out.png (needs matplotlib)"
     )
+    parser.add_argument("--probe", action="store_true", help="read once more and show what became of the memory")
     parser.add_argument("--html", metavar="FILE", help="write a report page that needs no network")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     add_config_options(parser)
@@ -123,7 +126,7 @@ def compute(args: argparse.Namespace, progress: Progress | None = None) -> Outco
     shape = ModelShape.from_model(model)
     ids = _prompt_ids(tokenizer, text, wanted).to(model.device)
     tokens = int(ids.shape[1])
-    found = []
+    found, probes = [], dict[str, "ProbeResult"]()
     with cuda_snapshot(args.snapshot) if args.snapshot else contextlib.nullcontext():
         for name in names:
             if name == UNPATCHED:
@@ -135,9 +138,24 @@ def compute(args: argparse.Namespace, progress: Progress | None = None) -> Outco
             else:
                 with progress(tokens) as on_step:
                     found.append(measure(model, ids, chosen, on_step=on_step))
+    if args.probe:
+        # Apart from what is measured, which recording would change.
+        ways = {name: replace(config, schedule=name) for name in names if name != UNPATCHED}
+        probes = {name: _read_probed(model, ids, way) for name, way in ways.items()}
     levelled = {balance: replace(config, balance=balance) for balance in BALANCES}
     savings = {balance: predicted_savings(shape, tokens, way, device.type) for balance, way in levelled.items()}
-    return Outcome(args.model, device.type, shape, tokens, tuple(found), savings)
+    return Outcome(args.model, device.type, shape, tokens, tuple(found), savings, probes)
+
+
+def _read_probed(model: Any, ids: Any, config: PrefillConfig) -> ProbeResult:
+    """What reading `ids` int64 [1, N] by this config does to the memory."""
+    from imdc.model import hf
+    from imdc.prefill.patch import patch
+    from imdc.prefill.probe import probe
+
+    with patch(model, config) as handle, probe(handle) as probing:
+        model(ids, logits_to_keep=1, **{hf.CACHE_NAME: handle.new_cache()})
+    return probing.result
 
 
 def _names(text: str | None, config: PrefillConfig) -> list[str]:
@@ -211,67 +229,19 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from imdc.cli.profile_tables import age_line, probe_table, steps_table, summary_table
+
     console = Console()
     for prefill in outcome.prefills:
         if len(prefill.steps) > 1:
             console.print(steps_table(prefill))
     console.print(summary_table(outcome.prefills))
+    for name, result in outcome.probes.items():
+        console.print(probe_table(name, result))
+        print(age_line(name, result))
     for line in notes(outcome):
         print(line)
     return 0
-
-
-def steps_table(prefill: MeasuredPrefill, shown: int = 8) -> Table:
-    """First and last steps of a prefill, predicted against measured."""
-    from rich.table import Table
-
-    # Without the second space between columns both tables fit into 80 columns.
-    title = f"{prefill.name}: peak of every step above the weights"
-    table = Table(title=title, title_justify="left", collapse_padding=True)
-    for heading in ("step", "chunk", "memory before", "after", "measured", "predicted", "off by", "seconds"):
-        table.add_column(heading, justify="right")
-    count = len(prefill.steps)
-    for number, measured in enumerate(prefill.steps):
-        if count > shown and shown // 2 <= number < count - shown // 2:
-            if number == shown // 2:
-                table.add_row(*["..."] * 8)
-            continue
-        step = measured.step
-        table.add_row(
-            f"{number + 1}/{count}",
-            format_tokens(step.chunk_tokens),
-            format_tokens(step.memory_before),
-            format_tokens(step.memory_after),
-            format_bytes(measured.peak_bytes),
-            format_bytes(measured.predicted.above_weights),
-            format_percent(measured.error),
-            f"{measured.seconds:.2f}",
-        )
-    return table
-
-
-def summary_table(prefills: Sequence[MeasuredPrefill]) -> Table:
-    """One row per prefill: peak measured and predicted, what CUDA reserved or the process took, and time."""
-    from rich.table import Table
-
-    table = Table(title="Peak above the weights", title_justify="left", collapse_padding=True)
-    table.add_column("")
-    other = "reserved" if any(prefill.reserved_bytes is not None for prefill in prefills) else "resident"
-    for heading in ("steps", "measured", "predicted", "off by", other, "seconds", "tokens/s"):
-        table.add_column(heading, justify="right")
-    for prefill in prefills:
-        taken = prefill.reserved_bytes if prefill.reserved_bytes is not None else prefill.resident_bytes
-        table.add_row(
-            prefill.name,
-            str(len(prefill.steps)),
-            format_bytes(prefill.peak_bytes),
-            format_bytes(prefill.predicted_bytes),
-            format_percent(prefill.error),
-            "unknown" if taken is None else format_bytes(taken),
-            f"{prefill.seconds:.2f}",
-            f"{prefill.tokens_per_second:,.0f}",
-        )
-    return table
 
 
 def notes(outcome: Outcome) -> list[str]:

@@ -106,8 +106,9 @@ function tell(event, text) {
 }
 function hide() { byId("tip").hidden = true; }
 
-/* One cell per layer and step; `values` gives a step's layers, null where there is nothing to show. */
-function heat(id, steps, values, low, high, label) {
+/* One cell per layer and step, or what else `across` and `down` are; `values` gives a step's layers, null where there
+   is nothing to show. */
+function heat(id, steps, values, low, high, label, across = "step", down = "layer") {
   const canvas = byId(id), layers = Math.max(1, ...steps.map((step) => values(step).length));
   canvas.width = steps.length;
   canvas.height = layers;
@@ -124,7 +125,7 @@ function heat(id, steps, values, low, high, label) {
     const layer = Math.floor((event.clientY - area.top) / area.height * layers);
     const value = steps[index] ? values(steps[index])[layer] : undefined;
     if (value === undefined || value === null) { hide(); return; }
-    tell(event, "step " + (index + 1) + ", layer " + (layer + 1) + "\n" + label(value));
+    tell(event, across + " " + (index + 1) + ", " + down + " " + (layer + 1) + "\n" + label(value));
   };
   canvas.onpointerleave = hide;
 }
@@ -137,6 +138,21 @@ function heats(steps) {
   byId("kept").hidden = byId("retention").hidden = !kept;
   byId("nothing").hidden = kept;
   heat("retention", steps, (step) => step.retention, 0, 1, (value) => "kept " + (100 * value).toFixed(1) + "%");
+}
+
+/* What became of the memory, where the reading was probed. */
+function probed(name) {
+  const probe = data.probes[name], same = (values) => values;
+  byId("probe").hidden = !probe;
+  if (!probe) return;
+  const said = (words) => (share) => (100 * share).toFixed(1) + "% " + words;
+  const least = probe.mass_kept.flat().reduce((low, share) => share === null ? low : Math.min(low, share), 1);
+  heat("mass", probe.mass_kept, same, least, 1, said("of the attention kept"));
+  heat("survival", probe.survival, same, 0, 1, said("of the chunk is there"), "step", "chunk");
+  /* By chunk, oldest first; before the first chunk there is nothing in a fresh prompt. */
+  const chunks = probe.steps.map((_, chunk) => probe.layer_origins.map((shares) => shares[chunk + 1]));
+  const most = chunks.flat().reduce((high, share) => Math.max(high, share), 0);
+  heat("origins", chunks, same, 0, most, said("of the layer's memory"), "chunk", "layer");
 }
 
 function table(target, head, rows) {
@@ -171,6 +187,7 @@ function show(index) {
   const widest = scale.reduce((high, step) => Math.max(high, total(tokens(step))), 0);
   bars(byId("tokens"), steps, tokens, ceiling(widest), count, null);
   heats(steps);
+  probed(prefill.name);
   table(byId("steps"), ["step", "from", "chunk", "memory before", "after", "measured", "predicted", "seconds"],
     steps.map((step, at) => [at + 1, count(step.step.start), count(step.step.chunk_tokens),
       count(step.step.memory_before), count(step.step.memory_after), bytes(step.peak_bytes),
@@ -195,6 +212,6 @@ const savings = (balance) => data.predicted_savings.filter((entry) => entry.bala
 if (data.predicted_savings.length)
   byId("saving").textContent = "Predicted saving of imdc over fm with this chunk size: " + savings("tokens") +
     " with tokens levelled; " + savings("bytes") + " with bytes levelled (balance=\"bytes\").";
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => heats(data.prefills[shown].steps));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(shown));
 addEventListener("resize", () => show(shown));
 show(0);

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from imdc.config import TAIL_BLOCK, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.shape import ModelShape
-from imdc.units import format_bytes
+
+# Positions for one question and its answer, where nobody says how many.
+DEFAULT_ROOM = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,9 @@ class Batch:
         seen_tokens: tokens per row that earlier turns have read.
         stored_tokens: KV pairs per row that earlier turns left in a full-attention layer.
         stored_bytes: bytes of the whole cache of earlier turns.
+        question_tokens: of a question that is put to the finished cache, which is read for that and which
+            `new_tokens` answer; 0 where nothing is asked.
+        recalled_tokens: of a text in host memory, from which what is read takes back its memory.
     """
 
     prompt_tokens: int
@@ -37,14 +42,16 @@ class Batch:
     seen_tokens: int = 0
     stored_tokens: int = 0
     stored_bytes: int = 0
+    question_tokens: int = 0
+    recalled_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check what a user may have given.
 
         Raises:
-            ConfigError: rows or new_tokens are out of range.
+            ConfigError: rows, new_tokens or question_tokens are out of range.
         """
-        for name, least in (("rows", 1), ("new_tokens", 0)):
+        for name, least in (("rows", 1), ("new_tokens", 0), ("question_tokens", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an int of at least {least}, got {value!r}")
@@ -90,18 +97,6 @@ class Kept:
         shape = self.shape
         most = max(self.fullest if shape.full_layers else 0, self.sliding if shape.sliding_layers else 0)
         return shape.kv_bytes_per_token * most
-
-
-def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
-    """Bytes of host memory for all pairs of the texts in the layers that are compressed; 0 without recall."""
-    pair = shape.full_layers * shape.kv_bytes_per_token
-    return 0 if config.recall == "none" else batch.rows * batch.prompt_tokens * pair
-
-
-def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> list[str]:
-    """What a plan says of host memory; nothing without recall."""
-    stored = host_bytes(shape, batch, config)
-    return [f"note: questions take back what each needs from {format_bytes(stored)} of host memory"] if stored else []
 
 
 def waiting_bytes(shape: ModelShape, batch: Batch, kept: Kept) -> int:
@@ -155,7 +150,7 @@ def _id_bytes(batch: Batch) -> int:
     `generate()` has ids, mask, positions and what it makes them from, and as much again for sequences of beams; the
     engine has each row's ids without padding. By hand there are the caller's ids alone, which were there before.
     """
-    if not batch.new_tokens:
+    if not batch.new_tokens or batch.question_tokens:
         return 0
     tables = 12 if batch.copies > 1 else 6
     return 8 * tables * batch.copies * (batch.seen_tokens + batch.prompt_tokens)

@@ -11,7 +11,8 @@ from imdc.errors import ConfigError
 from imdc.layer_budgets import planned_layers
 from imdc.model.backend_rule import ANY_MACHINE, AttentionTraits, Machine, choose_backend
 from imdc.model.shape import ModelShape
-from imdc.planner.batch import Batch
+from imdc.planner.asking import predict_question
+from imdc.planner.batch import DEFAULT_ROOM, Batch, Kept
 from imdc.planner.footprint import StepFootprint, balanced_steps, predict, predict_after
 from imdc.positions import compact_positions, fitted, largest_chunk, misfit, widest_step
 from imdc.schedule import Step, tail_rows
@@ -41,6 +42,8 @@ def execution(
     traits = AttentionTraits(device, shape.dtype, shape.head_dim, shape.softcap)
     backend, _ = choose_backend(config.backend, traits, machine)
     read, written = batch.prompt_tokens, batch.new_tokens
+    if batch.question_tokens:
+        written = max(DEFAULT_ROOM, batch.question_tokens + batch.decoded_tokens)
     return backend, compact_positions(batch.seen_tokens, read, written, shape.max_positions, config, shape.full_layers)
 
 
@@ -151,7 +154,11 @@ def foresee(
     steps = balanced_steps(shape, batch.prompt_tokens, config, stored_tokens=batch.stored_tokens)
     footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch, machine=machine)
     fullest = max(planned_layers(config, shape.full_layers, steps)[-1], default=0)
-    return steps, footprints, predict_after(shape, config, batch, steps[-1].memory_after, fullest)
+    after = predict_after(shape, config, batch, steps[-1].memory_after, fullest)
+    if batch.question_tokens:
+        kept = Kept.after(shape, batch, steps[-1].memory_after, fullest)
+        after += predict_question(config, batch, kept, chosen, machine)
+    return steps, footprints, after
 
 
 def compact_misfit(shape: ModelShape, config: PrefillConfig, steps: Sequence[Step], new_tokens: int) -> str | None:

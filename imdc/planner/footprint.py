@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 from imdc.config import PrefillConfig
 from imdc.layer_budgets import planned_layers
-from imdc.model.backend_rule import ANY_MACHINE, Machine
+from imdc.model.backend_rule import ANY_MACHINE, KERNELS, Machine
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept, decoding_bytes, stacking_bytes, waiting_bytes
-from imdc.planner.layer_bytes import Layers, Phase, Work, phases
+from imdc.planner.layer_bytes import phases
+from imdc.planner.work import Layers, Phase, Work
 from imdc.schedule import MemoryCost, Step, build_steps, tail_rows
 
 
@@ -85,7 +86,13 @@ def predict(
     for step, tail, before, after in zip(steps, tails, held, held[1:], strict=False):
         layers = tuple(zip(before, after, strict=True)) if len({*before}) > 1 or len({*after}) > 1 else ()
         last = step is steps[-1]
-        work = Work(shape, config, step, tail, last, backend, compact, batch.seen_tokens, layers, machine)
+        work = Work(
+            *(shape, config, step, tail, last, backend, compact),
+            seen_tokens=batch.seen_tokens,
+            layers=layers,
+            machine=machine,
+            recalled=batch.recalled_tokens,
+        )
         workspace_keys = max(workspace_keys, work.keys)
         footprints.append(replace(_peak(work, workspace_keys), others=waiting))
     return tuple(footprints)
@@ -106,7 +113,7 @@ def predict_after(
     kept = Kept.after(shape, batch, memory_tokens, fullest)
     memory, logits = stacking_bytes(shape, batch, kept)
     found = [StepFootprint("stacking", shape.weights, memory, logits=logits)]
-    if batch.decoded_tokens:
+    if batch.decoded_tokens and not batch.question_tokens:
         memory, activations, logits = decoding_bytes(shape, batch, kept, config)
         found.append(StepFootprint("decoding", shape.weights, memory, activations=activations, logits=logits))
     return tuple(found)
@@ -119,7 +126,7 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     tables = work.rows * (per_key * (4 if shape.float_rotary else shape.dtype_bytes) + 16)
     if work.compact:
         tables += work.keys * per_key * shape.dtype_bytes
-    if work.config.recall != "none" and work.backend in ("triton", "flash"):
+    if work.config.recall != "none" and work.backend in KERNELS and not work.recalled:
         # A chunk's pairs are alive until they are copied to the host, while the next layer begins.
         tables += work.step.chunk_tokens * shape.kv_bytes_per_token
     pair = shape.kv_bytes_per_token

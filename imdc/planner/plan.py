@@ -11,10 +11,11 @@ from imdc.layer_budgets import shares_in_words
 from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
-from imdc.planner.batch import Batch, Kept, host_bytes, host_notes
+from imdc.planner.batch import Batch, Kept
 from imdc.planner.fit import compact_misfit, execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
+from imdc.planner.recalling import host_bytes, host_notes, moved_bytes
 from imdc.positions import fitted
 from imdc.report import OfStep
 from imdc.schedule import Step
@@ -23,6 +24,8 @@ from imdc.units import format_bytes, format_tokens
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
 
 _SHOWN_STEPS = 24
+# Tokens of a question where recall is planned and nobody says how many.
+_QUESTION_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,12 @@ class Plan:
         """Floating-point operations of all steps of all rows."""
         return self.batch.rows * sum(step.footprint.flops for step in self.steps)
 
+    @property
+    def question_moved_bytes(self) -> int:
+        """Bytes that the question reads of the store; 0 without recall."""
+        stored = self.steps[-1].memory_after
+        return moved_bytes(self.shape, self.config, self.batch, stored, self.compact)
+
     def least_seconds(self, gpu: Gpu) -> float:
         """Time on `gpu` below which the prefill cannot be: every step's arithmetic or traffic at the peak rates."""
         footprints = [step.footprint for step in self.steps]
@@ -112,6 +121,8 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "memory_bytes": self.memory_bytes,
             "host_bytes": host_bytes(self.shape, self.batch, self.config),
+            "question_tokens": self.batch.question_tokens,
+            "question_moved_bytes": self.question_moved_bytes,
             "unpatched_peak_bytes": self.unpatched.total_bytes,
             "flops": self.flops,
             "notes": self.notes(),
@@ -155,7 +166,7 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know of this model; often nothing."""
-        shape, notes = self.shape, host_notes(self.shape, self.batch, self.config)
+        shape, notes = self.shape, host_notes(self.shape, self.batch, self.config, self.question_moved_bytes)
         if shape.family not in FAMILIES:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
@@ -206,6 +217,7 @@ def plan(
     *,
     rows: int = 1,
     new_tokens: int = 0,
+    question_tokens: int = 0,
     device: str | None = None,
     device_bytes: int | None = None,
     **options: Any,
@@ -218,6 +230,8 @@ def plan(
         config: the options, or None for the defaults.
         rows: different prompts in one batch.
         new_tokens: tokens that `generate()` writes afterwards; 0 is a prefill by hand, without `generate()`.
+        question_tokens: of a question that `handle.ask()` will put to the document, and `new_tokens` answer; 0 is
+            none, or with recall one of 64 tokens.
         device: "cuda" or "cpu", for the backend that "auto" takes there; None means where the model is, and "cuda"
             for a config.
         device_bytes: what the device has for weights and prefill together; `memory_limit` may be a share of it.
@@ -230,8 +244,16 @@ def plan(
     chosen = resolve_config(config, **options)
     shape, place, machine = _shape_of(model_or_config)
     machine = machine if device in (None, place) else ANY_MACHINE
-    batch, place = Batch(prompt_tokens, rows, new_tokens=new_tokens), device or place or "cuda"
+    batch = Batch(prompt_tokens, rows, new_tokens=new_tokens, question_tokens=question_tokens)
+    place = device or place or "cuda"
     return plan_shape(shape, batch, chosen, device=place, device_bytes=device_bytes, machine=machine)
+
+
+def asked(batch: Batch, config: PrefillConfig) -> Batch:
+    """`batch` with a question where recall is planned and none was named."""
+    if config.recall == "none" or batch.question_tokens:
+        return batch
+    return replace(batch, question_tokens=_QUESTION_TOKENS)
 
 
 def _shape_of(source: Any) -> tuple[ModelShape, str | None, Machine]:
@@ -256,6 +278,7 @@ def plan_shape(
     machine: Machine = ANY_MACHINE,
 ) -> Plan:
     """`plan` for a shape, a batch and a complete config; `machine` as in `imdc.planner.fit.execution`."""
+    batch = asked(batch, config)
     backend, compact = execution(shape, batch, config, device, machine)
     config = fitted(config, shape.max_positions) if compact else config
     if config.chunk_tokens == "auto":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,19 +26,25 @@ from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
 from imdc.prefill.recall import check_recall
+from imdc.prefill.recording import ProbeResult
 from imdc.prefill.turn import RowTurn, TurnPlanner, row_turn
 from imdc.report import PrefillReport
 
 
 @dataclass(slots=True)
 class Engine:
-    """Prefills prompts of one model by one config, or compresses what they left again while it answers."""
+    """Prefills prompts of one model by one config, or compresses what they left again while it answers.
+
+    `probes` are those who get a `ProbeResult` of every row that a prefill reads, while there are any; engines that are
+    made from this one share the list.
+    """
 
     parts: Parts
     config: PrefillConfig
     forward: Callable[..., Any]
     on_step: OnStep | None = None
     compresses: bool = False
+    probes: list[Callable[[ProbeResult], None]] = field(default_factory=list)
 
     def prefill(
         self,
@@ -81,6 +88,8 @@ class Engine:
         anew, cache.anew = cache.anew, {}
         device = self.parts.device()
         backend, _ = self.backend()
+        # Those that are on when it begins, whatever other threads do. Compressing an answer is no prefill.
+        probes = [] if self.compresses else list(self.probes)
         batch = self._batch(cache, [*prompts, *anew.values()], len(unique), len(prompts))
         chunk, restarts = self._first_chunk(cache, batch, backend, device), 0
         overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
@@ -89,7 +98,14 @@ class Engine:
             turns = [self._turn(planner, cache, prompts[index], index, anew.get(index)) for index in unique]
             # Rows with compact positions may have smaller sizes than asked for; the report says so.
             config = next((turn.config for turn in turns if turn.row.compact), self.config)
-            reader = Reader(self.parts, self.config, self.forward, backend=backend, on_step=self.on_step)
+            reader = Reader(
+                self.parts,
+                self.config,
+                self.forward,
+                backend=backend,
+                on_step=self.on_step,
+                probed=bool(probes),
+            )
             outputs: list[Any] = []
             try:
                 for number, turn in enumerate(turns):
@@ -107,6 +123,8 @@ class Engine:
             restarts += 1
         # Its workspace would raise the peak of stacking the rows.
         reports = tuple(reader.reports)
+        for take, result in itertools.product(probes, reader.recorded or ()):
+            take(result)
         recalled, recall_seconds = reader.recalled_bytes, reader.recall_seconds
         del reader
         rows = [turn.row for turn in turns]
@@ -197,11 +215,14 @@ class Engine:
     def _batch(self, cache: ImdcCache, texts: list[Tensor], rows: int, copies: int) -> Batch:
         """What is read, as the planner wants it; inside `generate()` at least one token follows."""
         seen = 0 if cache.rows is None else int(cache.rows.tokens.max()) + cache.tail
+        new_tokens, asked = max(1, cache.expected_new_tokens or 0), cache.turn is not None and cache.turn.asked
         return Batch(
             prompt_tokens=max(text.numel() for text in texts),
             rows=rows,
             cache_rows=copies,
-            new_tokens=max(1, cache.expected_new_tokens or 0),
+            # The longest question takes more than a short one with a long answer.
+            new_tokens=1 if asked else new_tokens,
+            question_tokens=new_tokens if asked else 0,
             seen_tokens=seen,
             stored_tokens=cache.stored_tokens(),
             stored_bytes=cache.held_bytes(),

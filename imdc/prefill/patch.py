@@ -16,11 +16,13 @@ from imdc.config import PrefillConfig, resolve_config
 from imdc.errors import UnsupportedCallError, UnsupportedModelError
 from imdc.model import hf
 from imdc.model.parts import Parts
+from imdc.planner.batch import DEFAULT_ROOM
 from imdc.prefill import hook
 from imdc.prefill.boundary import Boundary
 from imdc.prefill.engine import Engine
-from imdc.prefill.questions import DEFAULT_ROOM, question_batch, question_request, read_document, with_questions
+from imdc.prefill.questions import question_batch, question_request, read_document, with_questions
 from imdc.prefill.reader import OnStep
+from imdc.prefill.recording import ProbeResult
 from imdc.prefill.requests import check_masks, refuse_continuous_batching
 from imdc.report import PrefillReport
 
@@ -63,7 +65,13 @@ def patch(
 
 def is_patched(model: Any) -> bool:
     """Whether `model` is patched now."""
-    return _MARK in getattr(model, "__dict__", {})
+    return handle_of(model) is not None
+
+
+def handle_of(model: Any) -> PatchHandle | None:
+    """The handle of a model that is patched now, None of any other."""
+    handle: PatchHandle | None = getattr(model, "__dict__", {}).get(_MARK)
+    return handle
 
 
 class PatchHandle:
@@ -92,6 +100,11 @@ class PatchHandle:
     def report(self) -> PrefillReport | None:
         """What the last prefill did, None before the first."""
         return self._boundary.report
+
+    @property
+    def probes(self) -> list[Callable[[ProbeResult], None]]:
+        """Who is told what every prefill does to the memory; `imdc.probe` adds itself."""
+        return self._engine.probes
 
     def _install(self) -> None:
         model: Any = self._parts.model
@@ -178,7 +191,7 @@ class PatchHandle:
             UnsupportedCallError: several documents, questions that the observer has no use for, or the patch was taken
                 back.
         """
-        self._check_active("read")
+        self.check_active("read")
         self._boundary.check_mode()
         cache = self.new_cache()
         engine = replace(self._engine, config=with_questions(self.config, questions))
@@ -211,13 +224,14 @@ class PatchHandle:
                 patch was taken back.
             CacheMismatchError: another model read the document.
         """
-        self._check_active("ask")
+        self.check_active("ask")
         ids, mask = question_batch(input_ids, attention_mask)
         request = question_request(self._engine, self._boundary.checked(cache), ids, mask, generate_options)
         answer: Tensor = self._boundary.generate(**request)[:, ids.shape[1] :]
         return answer
 
-    def _check_active(self, name: str) -> None:
+    def check_active(self, name: str) -> None:
+        """Refuse the call of this name once the patch was taken back."""
         if not self._active:
             raise UnsupportedCallError(f"{name}() of a handle whose patch was taken back; call imdc.patch(model) again")
 

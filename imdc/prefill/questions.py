@@ -27,9 +27,6 @@ from imdc.prefill.recall import host_store
 from imdc.prefill.requests import GenerateRequest, check_ids
 from imdc.report import PrefillReport
 
-# Positions for one question and its answer, where read() is not told how many.
-DEFAULT_ROOM = 512
-
 
 def read_document(engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int) -> PrefillReport:
     """Read `input_ids` int64 [1, N] into the empty `cache`; see `imdc.prefill.patch.PatchHandle.read`.
@@ -47,7 +44,7 @@ def read_document(engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int
         raise UnsupportedCallError(f"room={room!r} must be an int of at least 1: tokens of a question and its answer")
     available = free_bytes(torch.device("cpu"))
     cache.store = host_store(engine.parts, engine.config, input_ids.shape[1], available)
-    with cache.during(Turn(new_tokens=room)):
+    with cache.during(Turn(new_tokens=room, asked=True)):
         _, report = engine.prefill(cache, input_ids, None)
     cache.phase = "decode"
     return report

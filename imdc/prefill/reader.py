@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from imdc.observers import find_observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
 from imdc.prefill.reading import RowReading, Tools
+from imdc.prefill.recording import ProbeResult, Recorder
 from imdc.prefill.renumber import moved
 from imdc.prefill.step import StepRun
 from imdc.prefill.turn import RowTurn
@@ -49,20 +50,25 @@ class Reader:
         *,
         backend: Backend,
         on_step: OnStep | None,
+        probed: bool = False,
     ) -> None:
-        """`forward` is the model's own."""
+        """`forward` is the model's own; `probed` is whether to record what becomes of the memory."""
         self.parts, self.forward, self.on_step = parts, forward, on_step
         self.tools = Tools(parts, backend, find_observer(config.observer))
         self.reports: list[StepReport] = []
+        self.recorded: list[ProbeResult] | None = [] if probed else None
         self.finished_bytes = self.recalled_bytes = 0
         self.recall_seconds = 0.0
 
     def read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
         """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
         row, steps, tokens = turn.row, turn.steps, ids.numel()
-        reading = RowReading.of(turn, self.tools)
+        recorder = None if self.recorded is None else Recorder(turn, self.parts, number)
+        reading = RowReading.of(turn, self.tools, recorder)
         if row.compact and row.tokens and not reading.rotated:
-            self._turn(row, row.position, back=True)
+            full, recall = self.parts.full_layers, reading.recall
+            replaced = [layer for layer in full if recall is not None and recall.replaces(row.stored(layer))]
+            self._turn(row, row.position, back=True, leave_out=replaced)
         output: Any = None
         logits: list[Tensor] = []
         for step, tail in zip(steps, turn.tails, strict=True):
@@ -77,11 +83,15 @@ class Reader:
                 logits.append(output.logits)
             retention = run.retention()
             reading.retention.add(retention)
+            if recorder is not None:
+                recorder.end_step(step)
             row.tokens += step.chunk_tokens
             row.position = run.fullest_after if row.compact else row.position + step.chunk_tokens
             self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
         if row.compact and not reading.rotated:
             self._turn(row, row.position)
+        if self.recorded is not None and recorder is not None:
+            self.recorded.append(recorder.result())
         if reading.store is not None:
             reading.store.finish()
         if reading.recall is not None:
@@ -134,10 +144,10 @@ class Reader:
         span = max(turn.questions, default=tail)
         return min(unread, self.parts.trained_window - fullest - step.chunk_tokens - span)
 
-    def _turn(self, row: Row, end: int, *, back: bool = False) -> None:
+    def _turn(self, row: Row, end: int, *, back: bool = False, leave_out: Sequence[int] = ()) -> None:
         """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""
         for layer, keys in enumerate(row.keys):
-            if keys is None:
+            if keys is None or layer in leave_out:
                 continue
             positions = torch.arange(end - keys.shape[2], end, device=keys.device)
             # transformers rotates in the model's dtype, and a memory that dropped nothing must equal its cache.

@@ -15,6 +15,7 @@ from imdc.model.parts import Parts
 from imdc.observers import Observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.recall import Recall
+from imdc.prefill.recording import Recorder
 from imdc.prefill.turn import RowTurn
 
 
@@ -82,6 +83,9 @@ class RowReading:
         questions: lengths of the questions that tail rows are; empty where all of them follow the text together.
         store: where all pairs that are read go.
         recall: what takes pairs back from a store, in exchange for the row's.
+        recorder: what notes for a probe what the layers keep; None where none is on.
+        entropies: of the compressed layers' keys in the first chunk, where the layer budget asks for them and there are
+            further steps to use them; None elsewhere.
     """
 
     row: Row
@@ -91,9 +95,17 @@ class RowReading:
     questions: tuple[int, ...] = ()
     store: HostStore | None = None
     recall: Recall | None = None
+    recorder: Recorder | None = None
+    entropies: dict[int, float] | None = None
+
+    def measured(self, layers: Sequence[int]) -> list[float] | None:
+        """What the shares of `layers` in a growing memory go by, as far as it is known; see `imdc.layer_budgets`."""
+        if self.config.layer_budget == "entropy":
+            return [self.entropies[layer] for layer in layers] if self.entropies else None
+        return self.retention.means()
 
     @classmethod
-    def of(cls, turn: RowTurn, tools: Tools) -> RowReading:
+    def of(cls, turn: RowTurn, tools: Tools, recorder: Recorder | None = None) -> RowReading:
         """The reading of a turn that begins."""
         row, store, fresh = turn.row, turn.store, turn.row.tokens == 0
         recall = None
@@ -107,4 +119,6 @@ class RowReading:
             questions=turn.questions,
             store=store if fresh else None,
             recall=recall,
+            recorder=recorder,
+            entropies={} if turn.config.layer_budget == "entropy" and len(turn.steps) > 1 else None,
         )

@@ -10,7 +10,7 @@ one token of the question in one head may be all that looks for the answer, and 
 latest tokens of the text are forced in: the question is no continuation of them. While the question is read it
 attends to all of them, exactly: with what is taken back alone, what it asks in the upper layers is distorted by what
 the lower ones lack. The answer then attends to what was taken back. Keys and values come from host memory in blocks;
-of the logits, float32 [Hq, n, N], as much is held as `_HELD_BYTES` says, and the rest is computed a second time.
+of the logits, float32 [Hq, n, N], as much is held as `imdc.planner.recalling` says, and the rest is computed twice.
 
 Compact positions may number less than N keys, so for scoring neighbours share a position, in the manner of SelfExtend
 (arXiv 2401.01325): key j is at floor(j * S / N) and the question begins at S, with as many positions S as the model's
@@ -35,12 +35,10 @@ from imdc.errors import ConfigError, UnsupportedCallError
 from imdc.kernels.reference import pool, rotate
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
-from imdc.planner.batch import Batch, host_bytes
+from imdc.planner import recalling
+from imdc.planner.batch import Batch
 from imdc.prefill.backends import Backend
 from imdc.units import format_bytes
-
-_BLOCK_TOKENS = 4096
-_HELD_BYTES = 64 * 2**20
 
 
 @dataclass(slots=True)
@@ -59,6 +57,10 @@ class Recall:
     compact: bool
     moved_bytes: int = 0
     seconds: float = 0.0
+
+    def replaces(self, stored: int) -> bool:
+        """Whether a layer that stores so many pairs of the text takes others back: not where it stores all."""
+        return stored < self.store.tokens
 
     def take(
         self,
@@ -105,9 +107,10 @@ class Recall:
         self, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor | None]:
         """Scores float32 [1, Hkv, tokens] of the text's keys, and the attention output of `take`."""
-        whole = not self.compact or self.store.tokens <= self.parts.trained_window - q.shape[2]
+        window = self.parts.trained_window
+        whole = recalling.recalls_whole(window, q.shape[2], self.store.tokens, self.compact)
         kv_heads, rows = own_k.shape[1], q.shape[2]
-        span = min(self.store.tokens, self.parts.trained_window - rows)
+        span = min(self.store.tokens, window - rows)
         if self.compact:
             q, own_k = (self._turned(layer, x, torch.arange(span, span + rows, device=q.device)) for x in (q, own_k))
         # [Hkv, group * n, D]: one matrix product per KV head and block.
@@ -117,14 +120,14 @@ class Recall:
         own = own.view(*own.shape[:1], -1, rows, rows).masked_fill(future, float("-inf")).view(own.shape)
         lse = own.logsumexp(dim=-1)
         held: list[Tensor] = []
-        for first in range(0, self.store.tokens, _BLOCK_TOKENS):
+        for first in range(0, self.store.tokens, recalling.BLOCK_TOKENS):
             logits = self._block(layer, first, asking, span, scale, softcap)
             lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
-            if len(held) * _BLOCK_TOKENS == first and (len(held) + 1) * logits.nbytes <= _HELD_BYTES:
+            if len(held) * recalling.BLOCK_TOKENS == first and (len(held) + 1) * logits.nbytes <= recalling.HELD_BYTES:
                 held.append(logits)
         out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float())
         highest = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
-        for number, first in enumerate(range(0, self.store.tokens, _BLOCK_TOKENS)):
+        for number, first in enumerate(range(0, self.store.tokens, recalling.BLOCK_TOKENS)):
             logits = held[number] if number < len(held) else self._block(layer, first, asking, span, scale, softcap)
             shares = logits.sub_(lse[..., None]).exp_()
             highest[:, first : first + shares.shape[-1]] = shares.amax(dim=1)
@@ -135,13 +138,13 @@ class Recall:
 
     def _values(self, layer: int, first: int, device: torch.device) -> Tensor:
         """Values float32 [Hkv, block, D] from token `first` on."""
-        values = self.store.values[layer][:, first : first + _BLOCK_TOKENS]
+        values = self.store.values[layer][:, first : first + recalling.BLOCK_TOKENS]
         self.moved_bytes += values.nbytes
         return values.to(device, non_blocking=True).transpose(1, 2)[0].float()
 
     def _block(self, layer: int, first: int, asking: Tensor, span: int, scale: float, softcap: float | None) -> Tensor:
         """Logits float32 [Hkv, group * n, block] of the keys from `first` on."""
-        keys = self.store.keys[layer][:, first : first + _BLOCK_TOKENS]
+        keys = self.store.keys[layer][:, first : first + recalling.BLOCK_TOKENS]
         self.moved_bytes += keys.nbytes
         keys = keys.to(asking.device, non_blocking=True).transpose(1, 2)
         if self.compact:
@@ -185,7 +188,7 @@ def host_store(parts: Parts, config: PrefillConfig, tokens: int, available: int 
     if config.recall == "none" or not parts.full_layers:
         return None
     shape = ModelShape.from_model(parts.model)
-    needed = host_bytes(shape, Batch(tokens), config)
+    needed = recalling.host_bytes(shape, Batch(tokens), config)
     if config.recall_limit is not None and needed > config.recall_limit:
         raise ConfigError(
             f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, more than "

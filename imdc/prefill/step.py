@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from imdc.layer_budgets import share_out
+from imdc.prefill.key_entropy import key_entropy
 from imdc.prefill.observation import Observation
 from imdc.prefill.reading import RowReading, Tools
+from imdc.prefill.recording import Recorder
 from imdc.prefill.renumber import Tables, moved
 from imdc.schedule import Step, observing_rows
 
@@ -31,7 +33,8 @@ class StepRun:
         self.tools, self.reading, self.parts, self.row, self.step = tools, reading, parts, row, step
         full, config = parts.full_layers, reading.config
         held = [row.stored(layer) for layer in full]
-        after = share_out(config, step, held, reading.retention.means())
+        after = share_out(config, step, held, reading.measured(full))
+        self._measures = reading.entropies == {}
         self._after = dict(zip(full, after, strict=True))
         self.fullest_after = max(after, default=0)
         # Memory that the layers of a type hold at most: their keys are numbered backwards from one start.
@@ -60,7 +63,7 @@ class StepRun:
         if self.reading.store is not None and window is None:
             chunk = self.step.chunk_tokens
             self.reading.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
-        if self.reading.recall is not None and window is None and stored < self.reading.recall.store.tokens:
+        if self.reading.recall is not None and window is None and self.reading.recall.replaces(stored):
             self.row.keys[layer], self.row.values[layer], whole = self.reading.recall.take(
                 layer, q, k, v, keep=stored, scale=scale, softcap=softcap
             )
@@ -84,8 +87,14 @@ class StepRun:
                 turned = self.tools.backend.rotate(keys, cos, sin)
             q = self.tools.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
+        if self._measures and self.reading.entropies is not None and window is None:
+            # Before attention: its output is larger than what this takes for a moment, so it raises no peak.
+            self.reading.entropies[layer] = key_entropy(turned[:, :, stored:candidates])
         keep = self._after.get(layer, candidates)
         drops = keep < candidates
+        if drops and self.reading.recorder is not None:
+            # Before the questions' keys are moved; see `_attend_apart`.
+            self._show(self.reading.recorder, layer, q, turned, scale=scale, softcap=softcap)
         compress_step, config = self.tools.backend.compress_step, self.reading.config
         together = self.tools.observer.is_mass and len(self.questions) < 2
         if drops and self._votes is not None and together and compress_step is not None:
@@ -106,10 +115,12 @@ class StepRun:
                 kept_k=keys,
             )
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
-            self._count_retained(layer, chosen, stored)
+            self._note_kept(layer, chosen, stored)
             return out
         options = {"scale": scale, "softcap": softcap}
-        if len(self.questions) > 1:
+        if whole is not None:
+            out, scores = whole, None
+        elif len(self.questions) > 1:
             out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
         else:
             out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
@@ -127,19 +138,22 @@ class StepRun:
             )
             kept_k, kept_v = self.tools.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
             self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
-            self._count_retained(layer, chosen, stored)
+            self._note_kept(layer, chosen, stored)
         else:
             kept = slice(0 if window is None else max(0, candidates - window + 1), candidates)
             places = torch.arange(kept.start, kept.stop, device=keys.device)
             kept_k = self._moved(layer, keys[:, :, kept].clone(), places, tables)
             self._store(layer, kept_k, values[:, :, kept].clone())
-        return out if whole is None else whole
+        return out
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
         if not self.reading.rotated or tables is None:
             return keys
         end = self.fullest_after
+        if end == self._first + self.step.chunk_tokens and keys.shape[2] == tables[0].shape[-2] - self.tail_rows:
+            # Neither this layer nor the fullest one drops any, so all keep their numbers.
+            return keys
         numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
         new = self.parts.rotary(layer, numbers, tables[0].dtype)
         # Tokens seen so far tell one compression of a row from the next.
@@ -148,7 +162,22 @@ class StepRun:
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.row.keys[layer], self.row.values[layer] = keys, values
 
-    def _count_retained(self, layer: int, chosen: Tensor, stored: int) -> None:
+    def _show(self, recorder: Recorder, layer: int, q: Tensor, k: Tensor, **logits: Any) -> None:
+        config, chunk = self.reading.config, self.step.chunk_tokens
+        recorder.see(
+            layer,
+            q,
+            k,
+            chunk_tokens=chunk,
+            tails=self.questions or (self.tail_rows,),
+            rows=self._votes or min(config.observation_tokens, chunk),
+            stride=config.observation_stride,
+            **logits,
+        )
+
+    def _note_kept(self, layer: int, chosen: Tensor, stored: int) -> None:
+        if self.reading.recorder is not None:
+            self.reading.recorder.keep(layer, chosen)
         if stored:
             # Not read here: that would make the host wait for the device in every layer.
             self._retained[layer] = torch.count_nonzero(chosen < stored), stored * chosen.shape[1]

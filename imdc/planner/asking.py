@@ -1,0 +1,55 @@
+"""What a question takes that is asked of a document which was read before: bytes while it is read and answered.
+
+The document's cache stays as it is. The question is read into a branch of it, which shares what is stored until a layer
+has run and holds memory and question of its own then: a second memory. With recall each layer takes its memory back
+from the store; what that needs comes on top, see `imdc.planner.recalling`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from imdc.config import TAIL_BLOCK, PrefillConfig
+from imdc.model.backend_rule import Machine
+from imdc.planner.batch import Batch, Kept
+from imdc.planner.footprint import StepFootprint, predict
+from imdc.schedule import Step
+
+
+def predict_question(
+    config: PrefillConfig, batch: Batch, kept: Kept, chosen: tuple[str, bool], machine: Machine
+) -> tuple[StepFootprint, ...]:
+    """The footprints of the question of `batch` and of its answer, about a document of which `kept` is stored.
+
+    `chosen` are the backend and whether positions are compact, as `imdc.planner.fit.execution` says.
+    """
+    shape, tokens, rows = kept.shape, batch.prompt_tokens, batch.question_tokens
+    recalled = tokens if config.recall != "none" and kept.full < tokens else 0
+    question = Batch(rows, seen_tokens=tokens, stored_tokens=kept.full, recalled_tokens=recalled)
+    step = Step(0, 0, rows, kept.full, kept.full + rows)
+    whole = replace(config, schedule="full", layer_budget="uniform")
+    backend, compact = chosen
+    (read,) = predict(shape, whole, [step], backend=backend, compact=compact, batch=question, machine=machine)
+    # Masks of all columns, int64: the caller's and that of generate(), and one of their positions.
+    mask = 8 * (tokens + rows)
+    found = [replace(read, phase="asking", others=kept.row_bytes + 2 * mask)]
+    if batch.decoded_tokens:
+        after = Kept.after(shape, question, kept.full + rows, kept.fullest + rows)
+        others = kept.row_bytes + 3 * mask
+        found.append(replace(_answering(batch, after), others=others))
+    return tuple(found)
+
+
+def _answering(batch: Batch, branch: Kept) -> StepFootprint:
+    """One row is decoded without a mask: each layer makes room in a copy, one after another."""
+    shape, pair = branch.shape, branch.shape.kv_bytes_per_token
+    room = TAIL_BLOCK * -(-batch.decoded_tokens // TAIL_BLOCK)
+    memory = branch.row_bytes + pair * (room * shape.full_layers + shape.sliding_layers) + branch.layer_bytes
+    widths = 4 * shape.hidden + 3 * shape.intermediate * shape.experts_per_token
+    return StepFootprint(
+        phase="answering",
+        weights=shape.weights,
+        memory=memory,
+        activations=shape.dtype_bytes * widths,
+        logits=shape.vocab * (shape.dtype_bytes + 4 * 4),
+    )
