@@ -96,17 +96,17 @@ def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     """(kernel, case, Launch) of every production configuration on a chip."""
+    from imdc.kernels._compress import Rules, Written
     from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
     from imdc.kernels.compact import plan_compact
     from imdc.kernels.compress import compression_config, plan_compress
     from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
     from imdc.kernels.limits import POOLINGS, StepSizes, fused_step_fits
-    from imdc.kernels.pool import plan_pool
     from imdc.kernels.rotate import plan_rotate
     from imdc.kernels.select import plan_select
 
-    target = _target(capability)
+    target, poolings = _target(capability), POOLINGS[:1] if quick else POOLINGS
     for case, options in attention_cases(quick):
         dim, dtype, group = options["dim"], options["dtype"], options["group"]
         logits = {"scale": dim**-0.5, "softcap": options["softcap"]}
@@ -116,28 +116,30 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
         forward = plan_chunk_attention(q, k, k, q, lse, window=options["window"], target=target, **logits)
         yield "chunk_attention", case, forward
         if options["window"] is None:
-            mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
+            mass, ranks = (_ghost(1, KV_HEADS, KEYS, dtype=kind) for kind in (torch.float32, torch.int32))
             yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, target=target, **logits)
             if not _fed_in_blocks("fused_step", case):
                 continue  # never launched, see `compress_step`
-            ranks, kept = _ghost(1, KV_HEADS, KEYS, dtype=torch.int32), _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
-            indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
-            options = {"rows": 16, "pool_kernel": 15, "sink_tokens": 4, "recent_tokens": 0, **logits}
-            options["pooling"] = "max"
-            written = (mass, ranks, indices, kept, kept)
-            if fused_step_fits(dim, 2, target.major):
-                blocks = attention_config(q, k, k, target)
-                yield "fused_step", case, plan_fused_step(q, k, k, k, q, *written, config=blocks, **options)
+            kept = _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
+            written = Written(mass, ranks, _ghost(1, KV_HEADS, KEEP, dtype=torch.int64), kept, kept)
             sizes = StepSizes(1, q.shape[1], KV_HEADS, QUERIES, KEYS, dim, 2, observers=16, keep=KEEP, pool_kernel=15)
-            blocks = compression_config(q, k, sizes, target)
-            yield "compress", case, plan_compress(q, k, k, k, lse, *written, config=blocks, stride=1, **options)
+            # The product's registers, which groups and caps change, are free again when scores are pooled.
+            for pooling in poolings if group == 4 and options["softcap"] is None else POOLINGS[:1]:
+                name = f"{case} {pooling}"
+                rules = Rules(keep=KEEP, rows=16, scored_keys=KEYS, pool_kernel=15, pooling=pooling, **logits)
+                if fused_step_fits(dim, 2, target.major):
+                    blocks = attention_config(q, k, k, target)
+                    yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
+                blocks = compression_config(q, k, sizes, target)
+                yield "compress", name, plan_compress(q, k, k, k, lse, written, rules, blocks)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)
-        yield "select", f"T={keys}", plan_select(scores, indices, sink_tokens=4, recent_tokens=0)
-    mass = _ghost(1, KV_HEADS, KEYS, dtype=torch.float32)
-    for pooling in POOLINGS:
-        yield "pool", pooling, plan_pool(mass, mass, pool_kernel=15, pooling=pooling)
+        options = {"ranks": _ghost(1, KV_HEADS, keys, dtype=torch.int32), "sink_tokens": 4, "recent_tokens": 0}
+        yield "select", f"T={keys}", plan_select(scores, indices, **options)
+        for pooling in poolings:
+            options |= {"pool_kernel": 15, "pooling": pooling}
+            yield "select", f"T={keys} {pooling}", plan_select(scores, indices, **options)
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
     for dtype in dtypes:
         for dim, turned in ((128, 128),) if quick else ((64, 64), (80, 32), (96, 96), (128, 128), (256, 256)):
@@ -162,7 +164,7 @@ def source_of(launch: Any) -> Any:
         value = launch.arguments[parameter.name]
         place = (parameter.num,)
         specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[place] = value
         elif isinstance(value, Tensor):

@@ -156,8 +156,7 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
     from imdc.kernels.chunk_attention import chunk_attention
     from imdc.kernels.compact import compact
     from imdc.kernels.key_mass import key_mass
-    from imdc.kernels.pool import pool
-    from imdc.kernels.select import select
+    from imdc.kernels.select import plan_select, select
 
     keys, memory = k.shape[2], k.shape[2] - CHUNK
     lse = chunk_attention(q, k, v, scale=SCALE)[1]
@@ -166,11 +165,13 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
     total = timings.add(f"scoring: {OBSERVERS} rows", memory, few, flops=flops, gbytes=k.nbytes / 1e9)
     timings.add("scoring: all rows", memory, every, flops=attention_flops(memory) / 2)
     mass = few()
-    total += timings.add(f"pooling over {POOL}", memory, lambda: pool(mass, POOL), gbytes=2 * mass.nbytes / 1e9)
-    total += timings.add("selection: triton", memory, lambda: select(mass, keep, sink_tokens=4))
+    timings.add("selection: triton, no pooling", memory, lambda: select(mass, keep, sink_tokens=4))
+    forced: dict[str, Any] = {"sink_tokens": 4, "recent_tokens": 0}
+    indices, ranks = select(mass, keep, **forced), torch.empty_like(mass, dtype=torch.int32)
+    pooled = plan_select(mass, indices.clone(), ranks=ranks, pool_kernel=POOL, **forced)
+    total += timings.add(f"selection: triton, pooled over {POOL}", memory, lambda: pooled.run(q.device))
     timings.add("selection: torch.topk unsorted", memory, lambda: mass.topk(keep, sorted=False))
     timings.add("selection: torch.topk, ascending", memory, lambda: mass.topk(keep, sorted=False).indices.sort())
-    indices = select(mass, keep, sink_tokens=4)
     index = indices[..., None].expand(1, KV_HEADS, keep, DIM)
     moved = 4 * keep * KV_HEADS * DIM * 2 / 1e9
     total += timings.add("compaction: triton", memory, lambda: compact(k, v, indices), gbytes=moved)
@@ -204,10 +205,14 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
         else:
             taken[name] = timings.add_rival(f"step: {name}", memory, run, wrong=wrong)
     # Both ways of the step, whichever the cost rule takes: what the rule assumes has to be measured.
+    from imdc.kernels.compress_step import plan_step
+
     for way, pays in (("one launch", True), ("several launches", False)):
+        plan_step.forget()
         with mock.patch("imdc.kernels.compress_step.one_launch_pays", lambda *_, pays=pays, **__: pays):
             forced = partial(step, choose("triton", *model)[0])
             timings.add_rival(f"step: triton, {way}", memory, forced, wrong=wrong)
+    plan_step.forget()
     return taken | {"auto": taken[auto.name]}
 
 

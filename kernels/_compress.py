@@ -18,14 +18,15 @@ Reference: `kernels/reference.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._attention import exponents, load_block
-from ._device import move_rows, ordered, places, pooled_scores, widened
+from ._device import move_rows, places, read_ranks, widened, write_ranks
 from ._launch import INTERPRETED, strided
 from .limits import TILE
 
@@ -33,33 +34,51 @@ INTERPRETED_TILE = 64  # small enough that small tests take several
 MOVED_BYTES = 32768  # of keys, and as many of values, that a program moves at a time
 
 
-def compression_arguments(
-    source_k: Tensor,
-    source_v: Tensor,
-    mass: Tensor,
-    ranks: Tensor,
-    indices: Tensor,
-    new_k: Tensor,
-    new_v: Tensor,
-    *,
-    pool_kernel: int,
-    sink_tokens: int,
-    recent_tokens: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By whose votes a step keeps what, in the words of `compress_step`; `scored_keys` is a number here."""
+
+    scale: float
+    keep: int
+    rows: int
+    scored_keys: int
+    stride: int = 1
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+    pool_kernel: int = 1
+    pooling: str = "max"
+    softcap: float | None = None
+
+
+class Written(NamedTuple):
+    """What compressing fills, new and contiguous.
+
+    Attributes:
+        mass: float32 [B, Hkv, scored keys], before pooling.
+        ranks: int32, as `mass`: what the threshold is searched in.
+        indices: int64 [B, Hkv, keep].
+        new_k: [B, Hkv, keep, D].
+        new_v: as `new_k`.
+    """
+
+    mass: Tensor
+    ranks: Tensor
+    indices: Tensor
+    new_k: Tensor
+    new_v: Tensor
+
+
+def compression_arguments(source_k: Tensor, source_v: Tensor, written: Written, rules: Rules) -> dict[str, Any]:
     """Arguments, in order, that every kernel has which compresses KV heads."""
     return {
         **strided("source_k", source_k, ("stride_sb", "stride_sh", "stride_st")),
         **strided("source_v", source_v, ("stride_ub", "stride_uh", "stride_ut")),
-        "mass": mass,
-        "ranks": ranks,
-        "indices": indices,
-        "new_k": new_k,
-        "new_v": new_v,
-        "scored": mass.shape[2],
-        "keep": indices.shape[2],
-        "reach": pool_kernel // 2,
-        "sink_tokens": sink_tokens,
-        "recent_tokens": recent_tokens,
+        **written._asdict(),
+        "scored": rules.scored_keys,
+        "keep": rules.keep,
+        "reach": rules.pool_kernel // 2,
+        "sink_tokens": rules.sink_tokens,
+        "recent_tokens": rules.recent_tokens,
     }
 
 
@@ -73,7 +92,7 @@ def compression_blocks(block_d: int, element_size: int, pooling: str) -> dict[st
 
 
 @triton.jit
-def weigh_keys(
+def _weigh_keys(
     b_q, b_lse, i_b, i_h, k, stride_kt, mass, observers, every, keys, scored, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
@@ -111,7 +130,7 @@ def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.cons
     b_counts = tl.zeros([256], tl.int32)
     for start in range(0, scored, TILE):
         o_n = start + tl.arange(0, TILE)
-        b_rank = tl.load(ranks + o_n, mask=o_n < scored, other=0).to(tl.uint32, bitcast=True)
+        b_rank = read_ranks(ranks, o_n, scored)
         m_alike = o_n < scored
         if SHIFT < 24:
             m_alike = m_alike & ((b_rank >> (SHIFT + 8)) == (threshold >> (SHIFT + 8)))
@@ -124,16 +143,35 @@ def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def compress_head(
-    mass, ranks, indices, k, stride_kt, v, stride_vt, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
+    b_q, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
+    source_k, stride_sb, stride_sh, stride_st,
+    source_v, stride_ub, stride_uh, stride_ut,
+    mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
-    """From the mass of one KV head's keys to its kept rows, all by one program."""
+    """From the rows b_q of one KV head, the `i_row`-th of all, to what is kept of its keys: all by one program.
+
+    `b_lse` is as in `_weigh_keys`, and `k` a descriptor of all heads or a pointer to the head's first row.
+    """
+    i_b = tl.cast(i_row // kv_heads, tl.int64)
+    i_h = tl.cast(i_row % kv_heads, tl.int64)
+    mass += i_row * tl.cast(scored, tl.int64)
+    ranks += i_row * tl.cast(scored, tl.int64)
+    indices += i_row * tl.cast(keep, tl.int64)
+    source_k += i_b * stride_sb + i_h * stride_sh
+    source_v += i_b * stride_ub + i_h * stride_uh
+    new_k += i_row * tl.cast(keep, tl.int64) * D
+    new_v += i_row * tl.cast(keep, tl.int64) * D
+    _weigh_keys(
+        b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, every, keys, scored,
+        scale, softcap,
+        GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
+    )  # fmt: skip
     tl.debug_barrier()  # the mass is written
-    for start in range(0, scored, TILE):
-        o_n = start + tl.arange(0, TILE)
-        b_score = pooled_scores(mass, o_n, scored, reach, AVERAGE)
-        b_rank = ordered(b_score, o_n, scored, sink_tokens, recent_tokens)
-        tl.store(ranks + o_n, b_rank.to(tl.int32, bitcast=True), mask=o_n < scored)
+    write_ranks(mass, ranks, scored, reach, sink_tokens, recent_tokens, TILE, AVERAGE)
     tl.debug_barrier()  # the ranks are written
     threshold = tl.full([], 0, tl.uint32)  # becomes the `keep`-th largest rank
     wanted = keep  # becomes how many of its ties are kept
@@ -143,12 +181,12 @@ def compress_head(
     ties = tl.full([], 0, tl.int32)
     for start in range(0, scored, TILE):
         o_n = start + tl.arange(0, TILE)
-        b_rank = tl.load(ranks + o_n, mask=o_n < scored, other=0).to(tl.uint32, bitcast=True)
+        b_rank = read_ranks(ranks, o_n, scored)
         o_place, m_kept, above, ties = places(b_rank, threshold, above, ties, wanted)
         tl.store(indices + o_place, o_n.to(tl.int64), mask=m_kept & (o_n < scored))
     tl.debug_barrier()  # the indices are written
     for start in range(0, keep, BLOCK_T):
         move_rows(
-            k, stride_kt, v, stride_vt, indices, new_k, D, new_v, D, start, keep,
+            source_k, stride_st, source_v, stride_ut, indices, new_k, D, new_v, D, start, keep,
             D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T,
         )  # fmt: skip

@@ -74,6 +74,22 @@ def ordered(b_score, o_n, keys, sink_tokens, recent_tokens):
 
 
 @triton.jit
+def write_ranks(scores, ranks, keys, reach, sink_tokens, recent_tokens, TILE: tl.constexpr, AVERAGE: tl.constexpr):
+    """The ranks of one row's pooled scores, int32 of the same bits; all threads of the program write them."""
+    for start in range(0, keys, TILE):
+        o_n = start + tl.arange(0, TILE)
+        b_score = pooled_scores(scores, o_n, keys, reach, AVERAGE)
+        b_rank = ordered(b_score, o_n, keys, sink_tokens, recent_tokens)
+        tl.store(ranks + o_n, b_rank.to(tl.int32, bitcast=True), mask=o_n < keys)
+
+
+@triton.jit
+def read_ranks(ranks, o_n, keys):
+    """Ranks that `write_ranks` wrote, after a barrier of the program; columns outside rank below all others."""
+    return tl.load(ranks + o_n, mask=o_n < keys, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def places(b_rank, threshold, above_before, ties_before, wanted_ties):
     """Where the kept keys of a tile go, and which are kept: all above the threshold, and the first ties.
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -73,18 +74,41 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Compile options; fused multiply-add is asked for because Triton's default for it changes between versions."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
-    def run(self, device: torch.device) -> None:
-        """Launch on `device` and its current stream, without waiting."""
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor | TensorDescriptor]:
+        """Those of the arguments that are tensors or descriptors of tensors."""
+        return {name: x for name, x in self.arguments.items() if isinstance(x, Tensor | TensorDescriptor)}
+
+    def run(self, device: torch.device, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Launch without waiting.
+
+        Args:
+            device: where, on its current stream.
+            tensors: by argument, what takes the place of every tensor it was planned with, and has its layout.
+        """
+        arguments = self.arguments
+        if tensors is not None:
+            arguments = {**arguments, **{name: _in_place_of(x, tensors[name]) for name, x in self.tensors.items()}}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self.kernel[self.grid](**self.arguments, **self.options)
+                self.kernel[self.grid](**arguments, **self.options)
         else:
-            self.kernel[self.grid](**self.arguments, **self.options)
+            self.kernel[self.grid](**arguments, **self.options)
+
+
+def _in_place_of(planned: Tensor | TensorDescriptor, x: Tensor) -> Tensor | TensorDescriptor:
+    """What is passed for `x` where `planned` was for a tensor of its layout."""
+    if isinstance(planned, Tensor):
+        return x
+    # Copied, because a new descriptor would check once more what it says of the layout.
+    descriptor = copy(planned)
+    descriptor.base = x
+    return descriptor
 
 
 INTERPRETER = Target(major=0, minor=0, shared_bytes=2**30, multiprocessors=1)
@@ -126,6 +150,25 @@ def target_of(device: torch.device) -> Target:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def common_target(**tensors: Tensor) -> Target:
+    """The target of the device that all of these tensors are on.
+
+    Raises:
+        ValueError: they are on several devices, or on one that Triton does not run on; the message names one of them.
+    """
+    (first, x), *others = tensors.items()
+    device = x.device
+    for name, other in others:
+        if other.device != device:
+            raise ValueError(f"{name}.device = {other.device}: must be the device of {first}, {device}")
+    if not INTERPRETED and device.type != "cuda":
+        raise ValueError(
+            f"{first}.device = {device}: Triton kernels need a CUDA device (or TRITON_INTERPRET=1 set before triton is "
+            "imported); on others use the sdpa or reference backend"
+        )
+    return target_of(device)
+
+
 def first_that_fits(candidates: Sequence[tuple[Config, int]], target: Target) -> Config:
     """The first candidate whose shared memory, given in bytes beside it, fits the target.
 
@@ -149,7 +192,7 @@ def aligned(x: Tensor) -> bool:
     """
     strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
     sixteens = all(stride % 16 == 0 and stride > 0 for size, stride in strides if size > 1)
-    return sixteens and x.stride(-1) == 1 and (x.device.type == "meta" or x.data_ptr() % 16 == 0)
+    return sixteens and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -203,7 +246,7 @@ def require(holds: bool, argument: str, value: object, rule: str) -> None:
 
 
 def require_tensor(argument: str, x: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Check rank, sizes (None matches any), dtype, device, and that the last dimension is dense.
+    """Check rank, sizes (None matches any), dtype, and that the last dimension is dense.
 
     Raises:
         ValueError: naming the argument, what it is and what it must be.
@@ -215,27 +258,10 @@ def require_tensor(argument: str, x: Tensor, shape: Sequence[int | None], dtypes
     require(x.dtype in dtypes, f"{argument}.dtype", x.dtype, f"must be one of {', '.join(map(str, dtypes))}")
     dense = x.stride(-1) == 1 or x.shape[-1] <= 1
     require(dense, f"{argument}.stride()", x.stride(), "the last dimension must have stride 1; call .contiguous()")
-    runs = INTERPRETED or x.device.type in ("cuda", "meta")
-    require(
-        runs,
-        f"{argument}.device",
-        x.device,
-        "Triton kernels need a CUDA device (or TRITON_INTERPRET=1 set before triton is imported); "
-        "on others use the sdpa or reference backend",
-    )
-
-
-def require_same_device(first: str, x: Tensor, second: str, y: Tensor) -> None:
-    """Check that two tensors live on one device.
-
-    Raises:
-        ValueError: naming both.
-    """
-    require(x.device == y.device, f"{second}.device", y.device, f"must be the device of {first}, {x.device}")
 
 
 def require_queries_and_keys(q: Tensor, k: Tensor) -> None:
-    """Check queries [B, Hq, Q, D] against keys [B, Hkv, T, D]: dtypes, devices, head counts, Q <= T, the head size.
+    """Check queries [B, Hq, Q, D] against keys [B, Hkv, T, D]: dtypes, head counts, Q <= T, the head size.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -243,7 +269,6 @@ def require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     require_tensor("q", q, (None, None, None, None), FLOATS)
     batch, q_heads, queries, dim = q.shape
     require_tensor("k", k, (batch, None, None, dim), (q.dtype,))
-    require_same_device("q", q, "k", k)
     kv_heads, keys = k.shape[1], k.shape[2]
     require(1 <= dim <= MAX_HEAD_SIZE, "q.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} are supported")
     require(batch >= 1, "q.shape[0]", batch, "must be at least 1")

@@ -28,17 +28,17 @@ from ._launch import (
     Launch,
     Target,
     aligned,
+    common_target,
     descriptor,
     first_that_fits,
     logit_arguments,
     require,
     require_logits,
     require_queries_and_keys,
-    require_same_device,
     require_tensor,
     strided,
-    target_of,
 )
+from ._plans import Planner
 from .limits import attention_rows, power_of_two
 
 
@@ -172,6 +172,18 @@ def new_output(q: Tensor) -> Tensor:
     return torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
+@Planner
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int | None, target: Target
+) -> Launch:
+    require_queries_and_keys(q, k)
+    require_tensor("v", v, tuple(k.shape), (q.dtype,))
+    require_logits(scale, softcap)
+    require(window is None or window >= 1, "window", window, "must be at least 1, or None for no window")
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return plan_chunk_attention(q, k, v, new_output(q), lse, scale=scale, softcap=softcap, window=window, target=target)
+
+
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -201,14 +213,8 @@ def chunk_attention(
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    require_queries_and_keys(q, k)
-    require_tensor("v", v, tuple(k.shape), (q.dtype,))
-    require_same_device("q", q, "v", v)
-    require_logits(scale, softcap)
-    require(window is None or window >= 1, "window", window, "must be at least 1, or None for no window")
+    target = common_target(q=q, k=k, v=v)
+    launch = _plan(q, k, v, scale=scale, softcap=softcap, window=window, target=target)
     out, lse = new_output(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    launch = plan_chunk_attention(
-        q, k, v, out, lse, scale=scale, softcap=softcap, window=window, target=target_of(q.device)
-    )
-    launch.run(q.device)
+    launch.run(q.device, {"q": q, "k": k, "v": v, "out": out, "lse": lse})
     return out, lse

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import move_rows
-from ._launch import FLOATS, Launch, require, require_same_device, require_tensor, strided
+from ._launch import FLOATS, Launch, common_target, require, require_tensor, strided
+from ._plans import Planner
 from .limits import MAX_HEAD_SIZE, power_of_two
 
 BLOCK = 32
@@ -28,8 +29,8 @@ BLOCK = 32
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
 @triton.jit(do_not_specialize=["stride_ib", "stride_ih", "keep", "heads"])
 def _compact_kernel(
-    k, stride_kb, stride_kh, stride_kt,
-    v, stride_vb, stride_vh, stride_vt,
+    source_k, stride_sb, stride_sh, stride_st,
+    source_v, stride_ub, stride_uh, stride_ut,
     indices, stride_ib, stride_ih,
     new_k, stride_nb, stride_nh, stride_nt,
     new_v, stride_wb, stride_wh, stride_wt,
@@ -41,7 +42,8 @@ def _compact_kernel(
     i_b = tl.cast(i_row // heads, tl.int64)
     i_h = tl.cast(i_row % heads, tl.int64)
     move_rows(
-        k + i_b * stride_kb + i_h * stride_kh, stride_kt, v + i_b * stride_vb + i_h * stride_vh, stride_vt,
+        source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
+        source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
         indices + i_b * stride_ib + i_h * stride_ih,
         new_k + i_b * stride_nb + i_h * stride_nh, stride_nt, new_v + i_b * stride_wb + i_h * stride_wh, stride_wt,
         tl.program_id(0) % blocks * BLOCK_T, keep, D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T,
@@ -56,8 +58,8 @@ def plan_compact(k: Tensor, v: Tensor, indices: Tensor, new_k: Tensor, new_v: Te
         kernel=_compact_kernel,
         grid=(batch * heads * triton.cdiv(keep, BLOCK),),
         arguments={
-            **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
-            **strided("v", v, ("stride_vb", "stride_vh", "stride_vt")),
+            **strided("source_k", k, ("stride_sb", "stride_sh", "stride_st")),
+            **strided("source_v", v, ("stride_ub", "stride_uh", "stride_ut")),
             **strided("indices", indices, ("stride_ib", "stride_ih")),
             **strided("new_k", new_k, ("stride_nb", "stride_nh", "stride_nt")),
             **strided("new_v", new_v, ("stride_wb", "stride_wh", "stride_wt")),
@@ -70,6 +72,17 @@ def plan_compact(k: Tensor, v: Tensor, indices: Tensor, new_k: Tensor, new_v: Te
         num_warps=4,
         num_stages=1,
     )
+
+
+@Planner
+def _plan(k: Tensor, v: Tensor, indices: Tensor) -> Launch:
+    require_tensor("k", k, (None, None, None, None), FLOATS)
+    batch, heads, _, dim = k.shape
+    require(1 <= dim <= MAX_HEAD_SIZE, "k.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} are supported")
+    require_tensor("v", v, tuple(k.shape), (k.dtype,))
+    require_tensor("indices", indices, (batch, heads, None), (torch.int64,))
+    kept = k.new_empty(*indices.shape, dim)
+    return plan_compact(k, v, indices, kept, kept)
 
 
 def compact(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,14 +100,11 @@ def compact(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    require_tensor("k", k, (None, None, None, None), FLOATS)
-    batch, heads, _, dim = k.shape
-    require(1 <= dim <= MAX_HEAD_SIZE, "k.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} are supported")
-    require_tensor("v", v, tuple(k.shape), (k.dtype,))
-    require_tensor("indices", indices, (batch, heads, None), (torch.int64,))
-    for name, x in (("v", v), ("indices", indices)):
-        require_same_device("k", k, name, x)
-    new_k, new_v = (k.new_empty(batch, heads, indices.shape[2], dim) for _ in range(2))
+    common_target(k=k, v=v, indices=indices)
+    launch = _plan(k, v, indices)
+    shape = (*indices.shape, k.shape[3])
+    new_k, new_v = (k.new_empty(shape) for _ in range(2))
     if new_k.numel() > 0:
-        plan_compact(k, v, indices, new_k, new_v).run(k.device)
+        tensors = {"source_k": k, "source_v": v, "indices": indices, "new_k": new_k, "new_v": new_v}
+        launch.run(k.device, tensors)
     return new_k, new_v

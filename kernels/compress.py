@@ -1,12 +1,11 @@
 """What follows a forward pass whose log-sum-exps are known, such as a library's: score, select and keep.
 
 In one launch with a program per KV head where `kernels/limits.py` says that it is done sooner (small steps, whose time
-is that of launching), else in four or, with pooling, five, which spread the work over the device:
+is that of launching), else in three, which spread the work over the device:
 
 1. `key_mass`: product, softmax, causal mask, and mean over observers and heads of the group.
-2. `pool`, only if `pool_kernel` > 1: a key's neighbours belong to other programs of launch 1.
-3. `select`: threshold, ties, sinks, recent keys and ascending order.
-4. `compact`: keys and values together.
+2. `select`: pooling, threshold, ties, sinks, recent keys and ascending order.
+3. `compact`: keys and values together.
 
 Layouts and reference: `kernels/reference.py`.
 """
@@ -18,12 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compress import compress_head, compression_arguments, compression_blocks, weigh_keys
+from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks
 from ._device import LOG2E, widened
 from ._launch import (
     INTERPRETER,
@@ -34,12 +32,10 @@ from ._launch import (
     descriptor,
     logit_arguments,
     strided,
-    target_of,
 )
 from .compact import plan_compact
 from .key_mass import plan_key_mass
 from .limits import StepSizes, compression_in_one_launch, compression_rows, power_of_two
-from .pool import plan_pool
 from .select import plan_select
 
 
@@ -83,21 +79,14 @@ def _compress_kernel(
     b_q = widened(tl.load(p_q, mask=m_votes[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
     # An infinite log-sum-exp gives the rows that do not vote a probability of zero.
     b_lse = tl.load(lse + o_query + o_head * stride_lh, mask=m_votes, other=float("inf")) * LOG2E
-    mass += i_row * tl.cast(scored, tl.int64)
-    ranks += i_row * tl.cast(scored, tl.int64)
-    kept = i_row * tl.cast(keep, tl.int64)
-    weigh_keys(
-        b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, every, keys, scored,
-        scale, softcap,
+    compress_head(
+        b_q, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
+        source_k, stride_sb, stride_sh, stride_st,
+        source_v, stride_ub, stride_uh, stride_ut,
+        mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
         GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
-    )  # fmt: skip
-    compress_head(
-        mass, ranks, indices + kept,
-        source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
-        source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
-        new_k + kept * D, new_v + kept * D, scored, keep, reach, sink_tokens, recent_tokens,
-        D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
+        BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
     )  # fmt: skip
 
 
@@ -117,23 +106,11 @@ def plan_compress(
     v: Tensor,
     source_k: Tensor,
     lse: Tensor,
-    mass: Tensor,
-    ranks: Tensor,
-    indices: Tensor,
-    new_k: Tensor,
-    new_v: Tensor,
-    *,
-    rows: int,
-    stride: int,
-    pool_kernel: int,
-    pooling: str,
-    sink_tokens: int,
-    recent_tokens: int,
-    scale: float,
-    softcap: float | None,
+    written: Written,
+    rules: Rules,
     config: Config,
 ) -> Launch:
-    """The one launch for checked arguments, of which `mass` and the four after it are new and contiguous.
+    """The one launch for checked arguments.
 
     Args:
         q: queries [B, Hq, Q, D].
@@ -141,22 +118,11 @@ def plan_compress(
         v: values, as `k`.
         source_k: the keys to keep some of, as `k`.
         lse: float32 [B, Hq, Q].
-        mass: float32 [B, Hkv, scored keys], before pooling.
-        ranks: int32, as `mass`: what the threshold is searched in.
-        indices: int64 [B, Hkv, keep].
-        new_k: [B, Hkv, keep, D].
-        new_v: as `new_k`.
-        rows: number of observers; with all heads of a KV head at most `config.rows`.
-        stride: as in `compress_step`.
-        pool_kernel: as in `compress_step`.
-        pooling: as in `compress_step`.
-        sink_tokens: as in `compress_step`.
-        recent_tokens: as in `compress_step`.
-        scale: factor on the logits.
-        softcap: as in `chunk_attention`.
+        written: what it fills.
+        rules: the observers with all heads of a KV head are at most `config.rows`.
         config: blocks, from `compression_config`.
     """
-    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
+    logits = logit_arguments(q, k, config, scale=rules.scale, softcap=rules.softcap)
     block_d = logits["BLOCK_D"]
     return Launch(
         kernel=_compress_kernel,
@@ -168,20 +134,15 @@ def plan_compress(
                 passed=descriptor(k, config.columns, block_d) if config.descriptors else k,
             ),
             **strided("lse", lse, ("stride_lb", "stride_lh")),
-            **compression_arguments(
-                *(source_k, v, mass, ranks, indices, new_k, new_v),
-                pool_kernel=pool_kernel,
-                sink_tokens=sink_tokens,
-                recent_tokens=recent_tokens,
-            ),
+            **compression_arguments(source_k, v, written, rules),
             "queries": q.shape[2],
             "keys": k.shape[2],
             "kv_heads": k.shape[1],
-            "observers": rows,
-            "every": stride,
+            "observers": rules.rows,
+            "every": rules.stride,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            **compression_blocks(block_d, q.element_size(), pooling),
+            **compression_blocks(block_d, q.element_size(), rules.pooling),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -194,28 +155,19 @@ def one_launch_pays(q: Tensor, k: Tensor, sizes: StepSizes, target: Target) -> b
     return (fed or target == INTERPRETER) and compression_in_one_launch(sizes, target.major, target.multiprocessors)
 
 
-def compress(
+def plan_compression(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     source_k: Tensor,
     lse: Tensor,
-    mass: Tensor,
-    indices: Tensor,
-    new_k: Tensor,
-    new_v: Tensor,
+    written: Written,
+    rules: Rules,
     *,
-    rows: int,
-    stride: int,
-    pool_kernel: int,
-    pooling: str,
-    sink_tokens: int,
-    recent_tokens: int,
-    scale: float,
-    softcap: float | None,
     sizes: StepSizes,
-) -> None:
-    """Fill `indices`, `new_k` and `new_v` for checked arguments.
+    target: Target,
+) -> tuple[Launch, ...]:
+    """The launches, in order, for checked arguments: one or several, as `sizes` make it worth while.
 
     Args:
         q: queries [B, Hq, Q, D].
@@ -223,35 +175,19 @@ def compress(
         v: values, as `k`.
         source_k: the keys to keep some of, as `k`.
         lse: float32 [B, Hq, Q].
-        mass: float32 [B, Hkv, scored keys], new: gets the mass before pooling.
-        indices: int64 [B, Hkv, keep], new, keep >= 1.
-        new_k: [B, Hkv, keep, D], new.
-        new_v: as `new_k`.
-        rows: number of observing queries.
-        stride: as in `compress_step`.
-        pool_kernel: as in `compress_step`.
-        pooling: as in `compress_step`.
-        sink_tokens: as in `compress_step`.
-        recent_tokens: as in `compress_step`.
-        scale: factor on the logits.
-        softcap: as in `chunk_attention`.
+        written: what they fill; several launches need no `ranks` without pooling.
+        rules: of which `keep` is at least 1.
         sizes: those of the step.
+        target: the chip.
     """
-    device, target = q.device, target_of(q.device)
-    logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    forced: dict[str, Any] = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-    voting: dict[str, Any] = {"rows": rows, "stride": stride}
-    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
     if one_launch_pays(q, k, sizes, target):
-        ranks = torch.empty(mass.shape, dtype=torch.int32, device=device)
         config = compression_config(q, k, sizes, target)
-        tensors = (q, k, v, source_k, lse, mass, ranks, indices, new_k, new_v)
-        plan_compress(*tensors, config=config, **pooled, **voting, **forced, **logits).run(device)
-        return
-    plan_key_mass(q, k, lse, mass, target=target, **voting, **logits).run(device)
-    scores = mass
-    if pool_kernel > 1:
-        scores = torch.empty_like(mass)
-        plan_pool(mass, scores, **pooled).run(device)
-    plan_select(scores, indices, **forced).run(device)
-    plan_compact(source_k, v, indices, new_k, new_v).run(device)
+        return (plan_compress(q, k, v, source_k, lse, written, rules, config),)
+    logits: dict[str, Any] = {"scale": rules.scale, "softcap": rules.softcap}
+    forced: dict[str, Any] = {"sink_tokens": rules.sink_tokens, "recent_tokens": rules.recent_tokens}
+    pooled: dict[str, Any] = {"pool_kernel": rules.pool_kernel, "pooling": rules.pooling}
+    return (
+        plan_key_mass(q, k, lse, written.mass, target=target, rows=rules.rows, stride=rules.stride, **logits),
+        plan_select(written.mass, written.indices, ranks=written.ranks, **pooled, **forced),
+        plan_compact(source_k, v, written.indices, written.new_k, written.new_v),
+    )

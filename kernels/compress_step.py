@@ -4,31 +4,34 @@ In one launch (`kernels/fused_step.py`) where `one_launch_pays`, else the forwar
 and what `kernels/compress.py` launches after it. Nothing is read back, so the host runs ahead of the device.
 
 Allocated besides the output and the new memory: scores (4 bytes per scored key and KV head, twice where one launch
-selects or with pooling), indices (8 bytes per kept key and KV head), and where the forward pass is a launch of its own
-the log-sum-exp (4 bytes per query and query head).
+scores and selects or with pooling), indices (8 bytes per kept key and KV head), and where the forward pass is a launch
+of its own the log-sum-exp (4 bytes per query and query head).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._compress import Rules, Written
 from ._launch import (
     INTERPRETER,
     Config,
+    Launch,
     Target,
     aligned,
+    common_target,
     require_logits,
     require_queries_and_keys,
-    require_same_device,
     require_tensor,
-    target_of,
 )
+from ._plans import Planner
 from .chunk_attention import attention_config, new_output, plan_chunk_attention
-from .compress import compress
+from .compress import plan_compression
 from .fused_step import plan_fused_step
 from .key_mass import require_scoring
 from .limits import StepSizes, fused_step_fits, step_in_one_launch
@@ -42,6 +45,67 @@ def one_launch_pays(q: Tensor, k: Tensor, sizes: StepSizes, config: Config, targ
     """Whether to take one launch, see `kernels/limits.py`. Only for tensors that load in whole vectors."""
     fed = target == INTERPRETER or (aligned(k) and fused_step_fits(sizes.dim, sizes.element_size, target.major))
     return fed and step_in_one_launch(sizes, config.rows, target.major, target.multiprocessors)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step launches, in order, and the tensors without storage that stand for what it allocates."""
+
+    launches: tuple[Launch, ...]
+    made: dict[str, Tensor]
+
+
+@Planner
+def plan_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    source_k: Tensor,
+    *,
+    scored_keys: int | None,
+    library: bool,
+    target: Target,
+    **options: Any,
+) -> StepPlan:
+    """Check a step's arguments and plan it; the log-sum-exp of a library's forward is taken to be contiguous."""
+    require_queries_and_keys(q, k)
+    for name, x in (("v", v), ("kept_k", source_k)):
+        require_tensor(name, x, tuple(k.shape), (q.dtype,))
+    require_logits(options["scale"], options["softcap"])
+    scoring = {name: options[name] for name in ("rows", "stride", "pool_kernel", "pooling")}
+    rules = Rules(scored_keys=require_scoring(q, k, scored_keys=scored_keys, **scoring), **options)
+    require_selection(rules.scored_keys, rules.keep, rules.sink_tokens, rules.recent_tokens)
+
+    (batch, kv_heads, keys, dim), of_head = k.shape, k.shape[:2]
+    sizes = StepSizes(
+        *(batch, q.shape[1], kv_heads, q.shape[2], keys, dim, q.element_size()),
+        observers=rules.rows,
+        keep=rules.keep,
+        pool_kernel=rules.pool_kernel,
+    )
+    out, lse = new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    written = Written(
+        mass=q.new_empty(*of_head, rules.scored_keys, dtype=torch.float32),
+        ranks=q.new_empty(*of_head, rules.scored_keys, dtype=torch.int32),
+        indices=q.new_empty(*of_head, rules.keep, dtype=torch.int64),
+        new_k=k.new_empty(*of_head, rules.keep, dim),
+        new_v=k.new_empty(*of_head, rules.keep, dim),
+    )
+    launches: tuple[Launch, ...] = ()
+    config = None if library else attention_config(q, k, v, target)
+    if config is not None and rules.stride == 1 and one_launch_pays(q, k, sizes, config, target):
+        launches = (plan_fused_step(q, k, v, source_k, out, written, rules, config),)
+    else:
+        logits: dict[str, Any] = {"scale": rules.scale, "softcap": rules.softcap}
+        if config is not None:
+            launches = (plan_chunk_attention(q, k, v, out, lse, window=None, target=target, config=config, **logits),)
+        if rules.keep > 0:
+            launches += plan_compression(q, k, v, source_k, lse, written, rules, sizes=sizes, target=target)
+    made = {"out": out, "lse": lse, **written._asdict()}
+    if library:
+        del made["out"], made["lse"]
+    needed = {"out", "new_k", "new_v", "indices"}.union(*(launch.tensors for launch in launches))
+    return StepPlan(launches, {name: x for name, x in made.items() if name in needed})
 
 
 def compress_step(
@@ -87,49 +151,31 @@ def compress_step(
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    # All of it is checked once, before the first launch: a bad argument must not leave half a step behind.
-    require_queries_and_keys(q, k)
     source_k = k if kept_k is None else kept_k
-    for name, x in (("v", v), ("kept_k", source_k)):
-        require_tensor(name, x, tuple(k.shape), (q.dtype,))
-        require_same_device("q", q, name, x)
-    require_logits(scale, softcap)
-    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
-    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, **pooled)
-    require_selection(scored, keep, sink_tokens, recent_tokens)
-
-    (batch, kv_heads, keys, dim), device = k.shape, q.device
-    sizes = StepSizes(
-        *(batch, q.shape[1], kv_heads, q.shape[2], keys, dim, q.element_size()),
-        observers=rows,
+    # All of it is checked before the first launch: a bad argument must not leave half a step behind.
+    plan = plan_step(
+        *(q, k, v, source_k),
+        scale=scale,
         keep=keep,
+        rows=rows,
+        stride=stride,
+        scored_keys=scored_keys,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
         pool_kernel=pool_kernel,
+        pooling=pooling,
+        softcap=softcap,
+        library=forward is not None,
+        target=common_target(q=q, k=k, v=v, kept_k=source_k),
     )
-    logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    forced: dict[str, Any] = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-    voting: dict[str, Any] = {"rows": rows, **pooled}
-    out = lse = None
+    tensors = {"q": q, "k": k, "v": v, "source_k": source_k, "source_v": v}
     if forward is not None:
         # Before anything else is allocated: what the library needs besides is gone when it returns.
-        out, lse = forward(q, k, v, **logits)
+        tensors["out"], lse = forward(q, k, v, scale=scale, softcap=softcap)
         require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
-    mass = torch.empty(batch, kv_heads, scored, dtype=torch.float32, device=device)
-    indices = torch.empty(batch, kv_heads, keep, dtype=torch.int64, device=device)
-    new_k, new_v = (torch.empty(batch, kv_heads, keep, dim, dtype=k.dtype, device=device) for _ in range(2))
-    if out is None or lse is None:
-        target = target_of(device)
-        config = attention_config(q, k, v, target)
-        out = new_output(q)
-        if stride == 1 and one_launch_pays(q, k, sizes, config, target):
-            ranks = torch.empty(batch, kv_heads, scored, dtype=torch.int32, device=device)
-            launch = plan_fused_step(
-                q, k, v, source_k, out, mass, ranks, indices, new_k, new_v, config=config, **forced, **voting, **logits
-            )
-            launch.run(device)
-            return out, new_k, new_v, indices
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device)
-        plan_chunk_attention(q, k, v, out, lse, window=None, target=target, config=config, **logits).run(device)
-    if keep > 0:
-        voting["stride"] = stride
-        compress(q, k, v, source_k, lse, mass, indices, new_k, new_v, sizes=sizes, **forced, **voting, **logits)
-    return out, new_k, new_v, indices
+        tensors["lse"] = lse.contiguous()
+    for name, x in plan.made.items():
+        tensors[name] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=q.device)
+    for launch in plan.launches:
+        launch.run(q.device, tensors)
+    return tensors["out"], tensors["new_k"], tensors["new_v"], tensors["indices"]

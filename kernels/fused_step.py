@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import attend
-from ._compress import compress_head, compression_arguments, compression_blocks, weigh_keys
+from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks
 from ._device import rounded, widened
 from ._launch import Config, Launch, descriptor, logit_arguments, strided
 
@@ -81,21 +81,14 @@ def _fused_step_kernel(
     if tl.program_id(0) < kv_rows:
         m_observer = (o_query >= QUERIES - observers) & (o_m < QUERIES * GROUP)
         b_lse = tl.where(m_observer, b_max + tl.log2(b_sum), float("inf"))
-        mass += i_row * tl.cast(scored, tl.int64)
-        ranks += i_row * tl.cast(scored, tl.int64)
-        kept = i_row * tl.cast(keep, tl.int64)
-        weigh_keys(
-            b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, 1, keys, scored,
-            scale, softcap,
+        compress_head(
+            b_q, b_lse, i_row, kv_heads, k, stride_kt, observers, 1, keys, scale, softcap,
+            source_k, stride_sb, stride_sh, stride_st,
+            source_v, stride_ub, stride_uh, stride_ut,
+            mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
-        )  # fmt: skip
-        compress_head(
-            mass, ranks, indices + kept,
-            source_k + i_b * stride_sb + i_h * stride_sh, stride_st,
-            source_v + i_b * stride_ub + i_h * stride_uh, stride_ut,
-            new_k + kept * D, new_v + kept * D, scored, keep, reach, sink_tokens, recent_tokens,
-            D=D, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
+            BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
         )  # fmt: skip
 
 
@@ -105,22 +98,11 @@ def plan_fused_step(
     v: Tensor,
     source_k: Tensor,
     out: Tensor,
-    mass: Tensor,
-    ranks: Tensor,
-    indices: Tensor,
-    new_k: Tensor,
-    new_v: Tensor,
-    *,
-    rows: int,
-    pool_kernel: int,
-    pooling: str,
-    sink_tokens: int,
-    recent_tokens: int,
-    scale: float,
-    softcap: float | None,
+    written: Written,
+    rules: Rules,
     config: Config,
 ) -> Launch:
-    """The launch for checked arguments, of which `mass` and the four after it are new and contiguous.
+    """The launch for checked arguments.
 
     Args:
         q: queries [B, Hq, Q, D].
@@ -128,23 +110,13 @@ def plan_fused_step(
         v: values, as `k`.
         source_k: the keys to keep some of, as `k`.
         out: output, as `q`.
-        mass: float32 [B, Hkv, scored keys], before pooling.
-        ranks: int32, as `mass`: what the threshold is searched in.
-        indices: int64 [B, Hkv, keep].
-        new_k: [B, Hkv, keep, D].
-        new_v: as `new_k`.
-        rows: number of observers, which all vote; with all heads of a KV head at most `config.rows`.
-        pool_kernel: as in `compress_step`.
-        pooling: as in `compress_step`.
-        sink_tokens: as in `compress_step`.
-        recent_tokens: as in `compress_step`.
-        scale: factor on the logits.
-        softcap: as in `chunk_attention`.
+        written: what it fills besides.
+        rules: with a stride of 1; the observers with all heads of a KV head are at most `config.rows`.
         config: blocks of `chunk_attention`.
     """
-    batch, _, queries, dim = q.shape
+    batch, _, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
+    logits = logit_arguments(q, k, config, scale=rules.scale, softcap=rules.softcap)
     block_d = logits["BLOCK_D"]
     passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
     return Launch(
@@ -155,20 +127,15 @@ def plan_fused_step(
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt"), passed_k),
             **strided("v", v, ("stride_vb", "stride_vh", "stride_vt"), passed_v),
             **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
-            **compression_arguments(
-                *(source_k, v, mass, ranks, indices, new_k, new_v),
-                pool_kernel=pool_kernel,
-                sink_tokens=sink_tokens,
-                recent_tokens=recent_tokens,
-            ),
+            **compression_arguments(source_k, v, written, rules),
             "queries": queries,
             "keys": keys,
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
-            "observers": rows,
+            "observers": rules.rows,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            **compression_blocks(block_d, q.element_size(), pooling),
+            **compression_blocks(block_d, q.element_size(), rules.pooling),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -12,7 +12,8 @@ observing queries suffices and their matrix never leaves the registers.
 A program owns BLOCK_N keys of one KV head, loads them once, and walks over the observers of the whole group in a
 fixed order. It alone writes its keys' mass: no atomics, and two runs give the same bits.
 
-Pooling over neighbouring keys crosses the borders of key blocks, so it is a launch of its own (`kernels/pool.py`).
+Pooling over neighbouring keys crosses the borders of key blocks: in a step selection does it (`kernels/select.py`), and
+here PyTorch for those who want the scores.
 Layouts and reference: `kernels/reference.py`, `key_mass`.
 """
 
@@ -35,19 +36,18 @@ from ._launch import (
     Config,
     Launch,
     Target,
+    common_target,
     first_that_fits,
     logit_arguments,
     require,
     require_logits,
     require_queries_and_keys,
-    require_same_device,
     require_tensor,
     strided,
-    target_of,
 )
-from .limits import power_of_two
-from .pool import pool, require_pooling
-from .reference import voters
+from ._plans import Planner
+from .limits import POOLINGS, power_of_two
+from .reference import pool, voters
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _sum_observers(
 @triton.jit(
     do_not_specialize=[
         *("stride_lb", "stride_lh", "stride_mb", "stride_mh"),
-        *("observers", "every", "keys", "scored", "kv_heads", "kv_rows"),
+        *("first", "observers", "every", "keys", "scored", "kv_heads", "kv_rows"),
     ]
 )
 def _key_mass_kernel(
@@ -88,7 +88,7 @@ def _key_mass_kernel(
     k, stride_kb, stride_kh, stride_kt,
     lse, stride_lb, stride_lh, stride_lq,
     mass, stride_mb, stride_mh,
-    observers, every, keys, scored, kv_heads, kv_rows, scale, softcap,
+    step_q, step_l, first, observers, every, keys, scored, kv_heads, kv_rows, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -100,9 +100,10 @@ def _key_mass_kernel(
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
 
-    q += i_b * stride_qb + i_h * GROUP * stride_qh
+    # From here on the queries are those that vote: `observers` from `first` on, in memory `step_q` elements apart.
+    q += i_b * stride_qb + i_h * GROUP * stride_qh + first * tl.cast(stride_qq, tl.int64)
     k += i_b * stride_kb + i_h * stride_kh + i_n * tl.cast(stride_kt, tl.int64)
-    lse += i_b * stride_lb + i_h * GROUP * stride_lh
+    lse += i_b * stride_lb + i_h * GROUP * stride_lh + first * stride_lq
     mass += i_b * stride_mb + i_h * stride_mh + i_n
 
     m_n = o_n < scored - i_n
@@ -120,7 +121,7 @@ def _key_mass_kernel(
     b_mass = tl.zeros([BLOCK_N], tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
         b_mass = _sum_observers(
-            b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, stride_lq, o_first,
+            b_mass, b_k, q, stride_qh, step_q, lse, stride_lh, step_l, o_first,
             start if MASKED else inside, inside if MASKED else observers, observers, scale, softcap,
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
             MASKED=MASKED, HAS_SOFTCAP=HAS_SOFTCAP, UPCAST=UPCAST,
@@ -159,10 +160,10 @@ def plan_key_mass(
     config: Config | None = None,
 ) -> Launch:
     """The launch of `key_mass` for checked arguments, pooling left out; `config` overrides the table."""
-    batch, _, _, dim = q.shape
+    batch, _, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     scored = mass.shape[2]
-    q, lse = q[:, :, voters(q.shape[2], rows, stride)], lse[:, :, voters(q.shape[2], rows, stride)]
+    voting = range(queries)[voters(queries, rows, stride)]
     if config is None:
         config = first_that_fits(_candidates(q.element_size(), power_of_two(dim, least=16), target), target)
     logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
@@ -174,7 +175,10 @@ def plan_key_mass(
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
             **strided("lse", lse, ("stride_lb", "stride_lh", "stride_lq")),
             **strided("mass", mass, ("stride_mb", "stride_mh")),
-            "observers": q.shape[2],
+            "step_q": q.stride(2) * stride,
+            "step_l": lse.stride(2) * stride,
+            "first": voting[0],
+            "observers": len(voting),
             "every": stride,
             "keys": keys,
             "scored": scored,
@@ -200,8 +204,21 @@ def require_scoring(
     require(stride >= 1, "stride", stride, "must be at least 1")
     scored = keys if scored_keys is None else scored_keys
     require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
-    require_pooling(pool_kernel, pooling)
+    require(pooling in POOLINGS, "pooling", repr(pooling), f"must be one of {', '.join(map(repr, POOLINGS))}")
+    require(pool_kernel >= 1 and pool_kernel % 2 == 1, "pool_kernel", pool_kernel, "must be odd and at least 1")
     return scored
+
+
+@Planner
+def _plan(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, softcap: float | None, target: Target, **voting: Any
+) -> Launch:
+    require_queries_and_keys(q, k)
+    require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
+    require_logits(scale, softcap)
+    mass = q.new_empty(*k.shape[:2], require_scoring(q, k, **voting), dtype=torch.float32)
+    voters = {name: voting[name] for name in ("rows", "stride")}
+    return plan_key_mass(q, k, lse, mass, scale=scale, softcap=softcap, target=target, **voters)
 
 
 def key_mass(
@@ -240,15 +257,13 @@ def key_mass(
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    require_queries_and_keys(q, k)
-    require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
-    require_same_device("q", q, "lse", lse)
-    require_logits(scale, softcap)
-    pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
-    scored = require_scoring(q, k, rows=rows, stride=stride, scored_keys=scored_keys, **pooled)
-    mass = torch.empty(k.shape[0], k.shape[1], scored, dtype=torch.float32, device=q.device)
+    voting: dict[str, Any] = {"rows": rows, "stride": stride, "scored_keys": scored_keys}
+    voting |= {"pool_kernel": pool_kernel, "pooling": pooling}
+    target = common_target(q=q, k=k, lse=lse)
+    launch = _plan(q, k, lse, scale=scale, softcap=softcap, target=target, **voting)
+    scored = k.shape[2] if scored_keys is None else scored_keys
+    mass = torch.empty(*k.shape[:2], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass
-    target = target_of(q.device)
-    plan_key_mass(q, k, lse, mass, scale=scale, rows=rows, stride=stride, softcap=softcap, target=target).run(q.device)
+    launch.run(q.device, {"q": q, "k": k, "lse": lse, "mass": mass})
     return pool(mass, pool_kernel, pooling)

@@ -92,13 +92,17 @@ class StepSizes:
         flops = _FLOPS_PER_CLOCK.get(major, _FLOPS_PER_CLOCK[8])
         return 2.0 * rows * power_of_two(self.dim, least=16) / flops
 
+    def read(self, times: int) -> float:
+        """Clocks in which one program reads all scores of a KV head so many times."""
+        return self.keys / TILE * times * _LOAD_CLOCKS
+
     @property
     def selected(self) -> float:
         """Clocks in which one program pools the scores, finds the threshold and places the kept keys.
 
         It reads them `pool_kernel` times to pool them, four times to find the threshold and once to place what is kept.
         """
-        return self.keys / TILE * (self.pool_kernel + 5) * _LOAD_CLOCKS
+        return self.read(self.pool_kernel + 5)
 
     @property
     def moved(self) -> float:
@@ -139,8 +143,8 @@ def compression_rows(work: StepSizes) -> int:
 def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int) -> bool:
     """Whether one launch with a program per KV head compresses sooner than separate launches over the whole device.
 
-    The chain of one program is compared with the same work shared out evenly, the gaps between the launches, and the
-    32 passes in which the separate selection finds its threshold bit by bit.
+    The chain of one program is compared with the same work shared out evenly, the gaps between the launches, and what
+    the separate selection does alone too: it pools, and finds its threshold bit by bit in 32 passes.
 
     Args:
         work: the sizes.
@@ -153,5 +157,6 @@ def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int)
     heads = work.batch * work.kv_heads
     scoring = work.product(rows, major) * work.keys
     chain = (scoring + work.selected + work.moved) * -(-heads // multiprocessors)
-    gaps = (3 + (work.pool_kernel > 1)) * _LAUNCH_CLOCKS
-    return chain <= (scoring + work.moved) * heads / multiprocessors + 32 * _LOAD_CLOCKS + gaps
+    pooled = work.read(work.pool_kernel) if work.pool_kernel > 1 else 0.0
+    alone = pooled + 32 * _LOAD_CLOCKS + 3 * _LAUNCH_CLOCKS
+    return chain <= (scoring + work.moved) * heads / multiprocessors + alone

@@ -23,11 +23,12 @@ from ._launch import (
     FLOATS,
     INTERPRETED,
     Launch,
+    common_target,
     require,
-    require_same_device,
     require_tensor,
     strided,
 )
+from ._plans import Planner
 from .limits import MAX_HEAD_SIZE, power_of_two
 
 BLOCK = 32
@@ -107,6 +108,18 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
     )
 
 
+@Planner
+def _plan(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
+    require_tensor("x", x, (None, None, None, None), FLOATS)
+    dim = x.shape[3]
+    require(1 <= dim <= MAX_HEAD_SIZE, "x.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} only")
+    require_tensor("cos", cos, (x.shape[2], None), (x.dtype,))
+    require_tensor("sin", sin, tuple(cos.shape), (x.dtype,))
+    turned = cos.shape[1]
+    require(2 <= turned <= dim and turned % 2 == 0, "cos.shape[1]", turned, f"must be even and 2..{dim}, the head size")
+    return plan_rotate(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the keys `x`; bit for bit what `reference.rotate` gives in 16-bit types.
 
@@ -121,16 +134,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    require_tensor("x", x, (None, None, None, None), FLOATS)
-    dim = x.shape[3]
-    require(1 <= dim <= MAX_HEAD_SIZE, "x.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} only")
-    require_tensor("cos", cos, (x.shape[2], None), (x.dtype,))
-    require_tensor("sin", sin, tuple(cos.shape), (x.dtype,))
-    require_same_device("x", x, "cos", cos)
-    require_same_device("x", x, "sin", sin)
-    turned = cos.shape[1]
-    require(2 <= turned <= dim and turned % 2 == 0, "cos.shape[1]", turned, f"must be even and 2..{dim}, the head size")
+    common_target(x=x, cos=cos, sin=sin)
+    launch = _plan(x, cos, sin)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
-        plan_rotate(x, cos, sin, out).run(x.device)
+        launch.run(x.device, {"x": x, "cos": cos, "sin": sin, "out": out})
     return out

@@ -5,8 +5,9 @@ from the top: a bit is set if at least `keep` scores reach the value that result
 kept, and of those equal to it the first ones that are still missing; a running count gives every kept index its
 place, so the output is ascending without a sort.
 
-One program owns one row. Up to RESIDENT columns it holds the row in registers; a longer row is read again for each
-bit, in tiles.
+One program owns one row, so it can pool over neighbouring keys first (SnapKV, arXiv 2404.14469), which scoring cannot:
+there a key's neighbours belong to other programs. What it pools it writes down once, as integers. Up to RESIDENT
+columns it holds the row in registers; a longer row is read again for each bit, in tiles.
 
 Layouts and reference: `kernels/reference.py`, `select`.
 """
@@ -21,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import ordered, places
-from ._launch import INTERPRETED, Launch, require_tensor, strided
+from ._device import ordered, places, read_ranks, write_ranks
+from ._launch import INTERPRETED, Launch, common_target, require_tensor, strided
+from ._plans import Planner
 from .limits import power_of_two
 from .reference import require_selection
 
@@ -32,31 +34,40 @@ TILE = 2048
 
 
 @triton.jit
-def _ranks(scores, o_n, keys, sink_tokens, recent_tokens):
-    b_score = tl.load(scores + o_n, mask=o_n < keys, other=0.0)
-    return ordered(b_score, o_n, keys, sink_tokens, recent_tokens)
+def _ranks(scores, ranks, o_n, keys, sink_tokens, recent_tokens, POOLED: tl.constexpr):
+    if POOLED:
+        b_rank = read_ranks(ranks, o_n, keys)
+    else:
+        b_score = tl.load(scores + o_n, mask=o_n < keys, other=0.0)
+        b_rank = ordered(b_score, o_n, keys, sink_tokens, recent_tokens)
+    return b_rank
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
 @triton.jit(
     do_not_specialize=[
-        *("stride_sb", "stride_sh", "stride_ib", "stride_ih"),
-        *("keys", "keep", "sink_tokens", "recent_tokens", "heads"),
+        *("stride_mb", "stride_mh", "stride_ib", "stride_ih"),
+        *("keys", "keep", "reach", "sink_tokens", "recent_tokens", "heads"),
     ]
 )
 def _select_kernel(
-    scores, stride_sb, stride_sh,
+    mass, stride_mb, stride_mh,
     indices, stride_ib, stride_ih,
-    keys, keep, sink_tokens, recent_tokens, heads,
+    ranks, keys, keep, reach, sink_tokens, recent_tokens, heads,
     BLOCK_N: tl.constexpr, TILE: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    POOLED: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.cast(tl.program_id(0) // heads, tl.int64)
     i_h = tl.cast(tl.program_id(0) % heads, tl.int64)
-    scores += i_b * stride_sb + i_h * stride_sh
+    mass += i_b * stride_mb + i_h * stride_mh
     indices += i_b * stride_ib + i_h * stride_ih
     o_n = tl.arange(0, BLOCK_N)
+    if POOLED:
+        ranks += tl.program_id(0) * tl.cast(keys, tl.int64)
+        write_ranks(mass, ranks, keys, reach, sink_tokens, recent_tokens, TILE, AVERAGE)
+        tl.debug_barrier()  # the ranks are written
     if IN_REGISTERS:
-        b_rank = _ranks(scores, o_n, keys, sink_tokens, recent_tokens)
+        b_rank = _ranks(mass, ranks, o_n, keys, sink_tokens, recent_tokens, POOLED)
 
     # The last candidate refused is the threshold plus one, so its count is that of the scores above the threshold.
     threshold = tl.full([], 0, tl.uint32)
@@ -69,7 +80,7 @@ def _select_kernel(
         else:
             b_reached = tl.zeros([BLOCK_N], tl.int32)
             for start in range(0, keys, BLOCK_N):
-                b_row = _ranks(scores, start + o_n, keys, sink_tokens, recent_tokens)
+                b_row = _ranks(mass, ranks, start + o_n, keys, sink_tokens, recent_tokens, POOLED)
                 b_reached += (b_row >= candidate).to(tl.int32)
         reached = tl.sum(b_reached, axis=0)
         threshold = tl.where(reached >= keep, candidate, threshold)
@@ -82,34 +93,66 @@ def _select_kernel(
     ties_before = tl.full([], 0, tl.int32)
     for start in range(0, keys, TILE):
         o_tile = start + tl.arange(0, TILE)
-        b_tile = _ranks(scores, o_tile, keys, sink_tokens, recent_tokens)
+        b_tile = _ranks(mass, ranks, o_tile, keys, sink_tokens, recent_tokens, POOLED)
         o_place, m_kept, above_before, ties_before = places(b_tile, threshold, above_before, ties_before, wanted_ties)
         tl.store(indices + o_place, o_tile.to(tl.int64), mask=m_kept)
 
 
-def plan_select(scores: Tensor, indices: Tensor, *, sink_tokens: int, recent_tokens: int) -> Launch:
-    """The launch of `select` for checked arguments; `indices` has a column per kept key."""
+def plan_select(
+    scores: Tensor,
+    indices: Tensor,
+    *,
+    sink_tokens: int,
+    recent_tokens: int,
+    ranks: Tensor | None = None,
+    pool_kernel: int = 1,
+    pooling: str = "max",
+) -> Launch:
+    """The launch of `select` for checked arguments, of scores pooled as in `compress_step`.
+
+    Args:
+        scores: float32 [B, Hkv, T].
+        indices: int64 [B, Hkv, keep].
+        sink_tokens: as in `select`.
+        recent_tokens: as in `select`.
+        ranks: int32 [B, Hkv, T], new and contiguous: written to where there is pooling, else not needed.
+        pool_kernel: odd width in keys; 1 does not pool.
+        pooling: "max" or "avg".
+    """
     batch, heads, keys = scores.shape
     resident = INTERPRETED_RESIDENT if INTERPRETED else RESIDENT
     block = min(power_of_two(keys, least=resident // 8), resident)
+    pooled = pool_kernel > 1
     return Launch(
         kernel=_select_kernel,
         grid=(batch * heads,),
         arguments={
-            **strided("scores", scores, ("stride_sb", "stride_sh")),
+            **strided("mass", scores, ("stride_mb", "stride_mh")),
             **strided("indices", indices, ("stride_ib", "stride_ih")),
+            "ranks": ranks if pooled else None,
             "keys": keys,
             "keep": indices.shape[2],
+            "reach": pool_kernel // 2,
             "sink_tokens": sink_tokens,
             "recent_tokens": recent_tokens,
             "heads": heads,
             "BLOCK_N": block,
             "TILE": min(TILE, block),
             "IN_REGISTERS": keys <= resident,
+            "POOLED": pooled,
+            "AVERAGE": pooled and pooling == "avg",
         },
         num_warps=max(4, block // 1024),
         num_stages=1,
     )
+
+
+@Planner
+def _plan(scores: Tensor, *, keep: int, sink_tokens: int, recent_tokens: int) -> Launch:
+    require_tensor("scores", scores, (None, None, None), (torch.float32,))
+    require_selection(scores.shape[2], keep, sink_tokens, recent_tokens)
+    indices = scores.new_empty(*scores.shape[:2], keep, dtype=torch.int64)
+    return plan_select(scores, indices, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
 
 
 def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: int = 0) -> Tensor:
@@ -127,11 +170,9 @@ def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: in
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
     """
-    require_tensor("scores", scores, (None, None, None), (torch.float32,))
-    batch, heads, keys = scores.shape
-    require_selection(keys, keep, sink_tokens, recent_tokens)
-    indices = torch.empty(batch, heads, keep, dtype=torch.int64, device=scores.device)
+    common_target(scores=scores)
+    launch = _plan(scores, keep=keep, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+    indices = torch.empty(*scores.shape[:2], keep, dtype=torch.int64, device=scores.device)
     if indices.numel() > 0:
-        launch = plan_select(scores, indices, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-        launch.run(scores.device)
+        launch.run(scores.device, {"mass": scores, "indices": indices})
     return indices

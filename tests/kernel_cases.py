@@ -183,6 +183,8 @@ def poisoned_memory() -> Iterator[list[Tensor]]:
     def poisoning(allocate: Any) -> Any:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
             x: Tensor = allocate(*args, **kwargs)
+            if x.is_meta:  # it stands for what is allocated later
+                return x
             handed_out.append(x)
             return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min // 2)
 
@@ -191,6 +193,7 @@ def poisoned_memory() -> Iterator[list[Tensor]]:
     with (
         mock.patch.object(torch, "empty", poisoning(torch.empty)),
         mock.patch.object(torch, "empty_like", poisoning(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poisoning(torch.empty_strided)),
         mock.patch.object(Tensor, "new_empty", poisoning(Tensor.new_empty)),
     ):
         yield handed_out

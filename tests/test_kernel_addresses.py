@@ -100,12 +100,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import kernel_resources as resources
+from imdc.kernels._compress import Rules, Written
 from imdc.kernels._launch import target
 from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
 from imdc.kernels.compact import plan_compact
 from imdc.kernels.fused_step import plan_fused_step
 from imdc.kernels.key_mass import plan_key_mass
-from imdc.kernels.pool import plan_pool
 from imdc.kernels.rotate import plan_rotate
 from imdc.kernels.select import plan_select
 
@@ -128,22 +128,24 @@ for memory, chunk, keep, capacity in steps:
         plan_chunk_attention(q, k, v, out, lse, window=None, target=chip, **logits),
         plan_key_mass(q, k, lse, mass, rows=min(64, chunk), target=chip, **logits),
         plan_fused_step(
-            q, k, v, k, out, mass, ranks, indices, kept, kept, rows=min(16, chunk), pool_kernel=15, pooling="max",
-            config=attention_config(q, k, v, chip), **forced, **logits,
+            q, k, v, k, out, Written(mass, ranks, indices, kept, kept),
+            Rules(rows=min(16, chunk), keep=keep, scored_keys=keys, pool_kernel=15, **forced, **logits),
+            attention_config(q, k, v, chip),
         ),
-        plan_pool(mass, mass, pool_kernel=15, pooling="max"),
         plan_select(mass, indices, **forced),
+        plan_select(mass, indices, ranks=ranks, pool_kernel=15, **forced),
         plan_compact(k, v, indices, kept, kept),
         plan_rotate(k, cos, cos, ghost(1, 8, keys, 128)),
         plan_rotate(q, cos[memory:], cos[memory:], ghost(1, 32, chunk, 128)),
     ):
         source = resources.source_of(launch)
-        # Selection has a kernel for every power of two up to the length of the row.
-        name = launch.kernel.__name__, "select" in launch.kernel.__name__ and launch.arguments["BLOCK_N"]
+        # Selection has a kernel for every power of two up to the length of the row, with pooling and without.
+        name, given = launch.kernel.__name__, launch.arguments
+        name = name, (given["BLOCK_N"], given["POOLED"]) if "select" in name else ()
         seen.setdefault(name, set()).add(repr((source.signature, source.constants, source.attrs)))
 for name, kinds in seen.items():
     assert len(kinds) == 1, (name, kinds)
-assert len(seen) == 6 + 3, list(seen)
+assert len(seen) == 5 + 2 * 3, list(seen)
 """
 
 

@@ -1,4 +1,4 @@
-"""`kernels/key_mass.py` and `kernels/pool.py` against float64."""
+"""`kernels/key_mass.py` against float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from imdc.kernels import reference
 from imdc.kernels._launch import Config, target_of
 from imdc.kernels.key_mass import key_mass, plan_key_mass
 from imdc.kernels.limits import POOLINGS
-from imdc.kernels.pool import pool
 
 RAGGED = Case(1, 2, 4, 50, 117, 64)
 # Layers with a sliding window are not scored.
@@ -148,14 +147,6 @@ def test_pooling_is_the_reference_s(pool_kernel: int, pooling: str) -> None:
             q, k, lse, rows=16, scored_keys=101, pool_kernel=pool_kernel, pooling=pooling, **options(RAGGED)
         )
     assert_pooled(pooled, plain, pool_kernel, pooling)
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_pool_crosses_blocks_and_keeps_negative_scores(pooling: str) -> None:
-    scores = torch.randn(2, 3, 700, device=DEVICE) - 5.0
-    with poisoned_memory():
-        pooled = pool(scores, 31, pooling)
-    assert_pooled(pooled, scores, 31, pooling)
 
 
 def assert_pooled(pooled: torch.Tensor, scores: torch.Tensor, width: int, pooling: str) -> None:

@@ -13,13 +13,13 @@ from kernel_cases import DEVICE
 
 pytest.importorskip("triton")
 
-from imdc.kernels._launch import Config, aligned, first_that_fits, require_tensor, target
+from imdc.kernels._compress import Rules, Written
+from imdc.kernels._launch import Config, aligned, common_target, first_that_fits, target
 from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
 from imdc.kernels.compact import plan_compact
 from imdc.kernels.compress import plan_compress
 from imdc.kernels.fused_step import plan_fused_step
 from imdc.kernels.key_mass import plan_key_mass
-from imdc.kernels.pool import plan_pool
 from imdc.kernels.rotate import plan_rotate
 from imdc.kernels.select import plan_select
 
@@ -96,22 +96,12 @@ def test_programs_are_counted_where_the_grid_has_room() -> None:
     cos, lse = torch.empty(64, 16, device="meta"), torch.empty(70_000, 1, 64, device="meta")
     ranks, kept = torch.empty(70_000, 1, 64, dtype=torch.int32, device="meta"), wide[:, :, :40]
     chip, logits = target(9, 0), {"scale": 1.0, "softcap": None}
+    written, rules = Written(lse, ranks, indices, kept, kept), Rules(scale=1.0, keep=40, rows=1, scored_keys=64)
     for launch in (
         plan_chunk_attention(wide, wide, wide, wide, lse, window=None, target=chip, **logits),
         plan_key_mass(wide, wide, lse, lse, rows=1, target=chip, **logits),
-        plan_fused_step(
-            *(wide, wide, wide, wide, wide, lse, ranks, indices, kept, kept),
-            **{"rows": 1, "pool_kernel": 1, "pooling": "max", "sink_tokens": 0, "recent_tokens": 0},
-            config=attention_config(wide, wide, wide, chip),
-            **logits,
-        ),
-        plan_compress(
-            *(wide, wide, wide, wide, lse, lse, ranks, indices, kept, kept),
-            **{"rows": 1, "stride": 1, "pool_kernel": 1, "pooling": "max", "sink_tokens": 0, "recent_tokens": 0},
-            config=Config(16, 64, 4, 1),
-            **logits,
-        ),
-        plan_pool(lse, lse, pool_kernel=3, pooling="max"),
+        plan_fused_step(wide, wide, wide, wide, wide, written, rules, attention_config(wide, wide, wide, chip)),
+        plan_compress(wide, wide, wide, wide, lse, written, rules, Config(16, 64, 4, 1)),
         plan_select(lse, indices, sink_tokens=0, recent_tokens=0),
         plan_compact(wide, wide, indices, kept, kept),
         plan_rotate(wide, cos, cos, wide),
@@ -138,4 +128,4 @@ def test_alignment_is_seen() -> None:
 def test_a_cpu_tensor_is_refused_where_triton_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imdc.kernels._launch.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"x\.device = cpu: Triton kernels need a CUDA device .* sdpa or reference"):
-        require_tensor("x", torch.zeros(3), (3,), (torch.float32,))
+        common_target(x=torch.zeros(3))

@@ -12,7 +12,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from imdc.kernels import reference
-from imdc.kernels.select import INTERPRETED_RESIDENT, RESIDENT, select
+from imdc.kernels.limits import POOLINGS
+from imdc.kernels.select import INTERPRETED_RESIDENT, RESIDENT, plan_select, select
 
 
 def chosen_by_hand(row: list[float], keep: int, sink_tokens: int, recent_tokens: int) -> list[int]:
@@ -45,6 +46,29 @@ if ON_DEVICE:
 @pytest.mark.parametrize("share", [0.3, 0.9, 1.0])
 def test_agrees_with_a_sort(total: int, share: float) -> None:
     check(torch.randn(2, 1, total, generator=torch.Generator().manual_seed(total)), max(1, int(total * share)))
+
+
+# On an eighth of whole numbers, means of neighbours are exact up to their last division: equal sums stay ties.
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("width", [3, 31])
+@pytest.mark.parametrize("total", LENGTHS)
+def test_pooled_scores_are_chosen_as_the_reference_chooses(total: int, width: int, pooling: str) -> None:
+    generator = torch.Generator().manual_seed(total)
+    scores = torch.randint(-9, 9, (1, 2, total), generator=generator) / 8
+    # Ties at both ends of the row, where neighbours are missing, and zeros of both signs beside each other.
+    scores[..., :2], scores[..., -2:] = 1.0, 1.0
+    scores[0, 0, total // 3 : total // 2] = -0.0
+    scores[0, 0, total // 2 : total * 3 // 4] = 0.0
+    padded = torch.full((1, 2, total + 7), float("nan"), device=DEVICE)
+    padded[..., :total] = scores.to(DEVICE)
+    scores = padded[..., :total]
+    for keep, sinks, recent in ((1, 0, 0), ((total + 1) // 2, total // 8, total // 9)):
+        ranks = torch.full((1, 2, total), -1, dtype=torch.int32, device=DEVICE)
+        indices = torch.full((1, 2, keep), -1, device=DEVICE)
+        forced = {"sink_tokens": sinks, "recent_tokens": recent}
+        launch = plan_select(scores, indices, ranks=ranks, pool_kernel=width, pooling=pooling, **forced)
+        launch.run(DEVICE)
+        assert torch.equal(indices, reference.select(reference.pool(scores, width, pooling), keep, **forced))
 
 
 def test_rows_are_chosen_apart() -> None:

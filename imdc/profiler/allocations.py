@@ -68,7 +68,8 @@ class DispatchAllocations(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address = _address(tensor)
-        if storage.nbytes() == 0 or self._known.get(address) is not None:
+        # Tensors on "meta" have sizes and take no memory.
+        if tensor.is_meta or storage.nbytes() == 0 or self._known.get(address) is not None:
             return
         self._known[address] = storage
         self._next += 1
