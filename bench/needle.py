@@ -17,16 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from begin import book_texts, run
 from record import RESULTS, ROOT, circumstances, options, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from imdc.cli.answer import answer, quiet_transformers, read_document
+from imdc.cli.answer import answer
 from imdc.cli.prompts import Haystack, build_haystack, encode_prompt, number_needle
 from imdc.config import BALANCES, PrefillConfig
-from imdc.errors import ImdcError
 from imdc.model.loading import find_smollm2_gguf, load_model
 from imdc.observers import OBSERVERS
 
@@ -65,20 +64,21 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0 when all was measured."""
-    args = _parser().parse_args(argv)
-    quiet_transformers()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    """Run the benchmark; 0 when all was measured, 2 after bad input."""
+    return run(_parser().parse_args(argv), benchmark, "needle.py")
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure, show and write; 0.
+
+    Raises:
+        ImdcError: bad input, or no model.
+    """
     # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
     started = circumstances()
-    try:
-        model, tokenizer = load_model(args.model or find_smollm2_gguf() or "", dtype=args.dtype)
-        samples = make_samples(tokenizer, args)
-        rows = measure(model, tokenizer, samples, args)
-    except ImdcError as error:
-        print(f"needle.py: error: {error}", file=sys.stderr)
-        return 2
+    model, tokenizer = load_model(args.model or find_smollm2_gguf() or "", dtype=args.dtype)
+    samples = make_samples(tokenizer, args)
+    rows = measure(model, tokenizer, samples, args)
     Console().print(table(rows, args))
     result = {
         **started,
@@ -102,10 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_samples(tokenizer: Any, args: argparse.Namespace) -> list[Sample]:
     """Haystacks at evenly spaced depths, the books taken in turn."""
-    books = sorted(args.data.glob("*.txt")) if args.data.is_dir() else [args.data]
-    if not books:
-        raise ImdcError(f"no .txt files in {args.data}; name a folder of books with --data")
-    texts = [(book.name, read_document(str(book))) for book in books]
+    texts = book_texts(args.data)
     samples = []
     for number in range(args.samples):
         rng = random.Random(args.seed * 1_000_003 + number)

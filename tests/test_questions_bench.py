@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import sys
@@ -14,20 +15,28 @@ import pytest
 
 @pytest.fixture(scope="module")
 def questions() -> ModuleType:
+    return of_bench("questions")
+
+
+@pytest.fixture(scope="module")
+def data() -> ModuleType:
+    return of_bench("questions_data")
+
+
+def of_bench(name: str) -> ModuleType:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
     try:
-        import questions as module
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
-    return module
 
 
-def test_facts_lie_at_even_distances(questions: ModuleType, byte_tokenizer: Any) -> None:
+def test_facts_lie_at_even_distances(data: ModuleType, byte_tokenizer: Any) -> None:
     rng = random.Random(1)
-    planted = questions.facts(rng)
+    planted = data.facts(rng)
     assert len({question for _, question, _ in planted}) == 6
     text = "A bird flew by. It was late. " * 4000
-    written = questions.document(byte_tokenizer, text, rng, 3000, planted)
+    written = data.page(byte_tokenizer, text, rng, 3000, planted)
     assert 2900 <= len(byte_tokenizer(written).input_ids) <= 3000
     places = [written.index(sentence) / len(written) for sentence, _, _ in planted]
     assert all(abs(place - (number + 0.5) / 6) < 0.05 for number, place in enumerate(places))
@@ -39,16 +48,70 @@ def test_a_run_goes_on_where_it_stopped(
 ) -> None:
     (tmp_path / "book.txt").write_text("A bird flew by. It was late. " * 4000)
     output = tmp_path / "lines.jsonl"
-    argv = ["--data", str(tmp_path), "--model", str(tiny_model_dir), "--output", str(output)]
+    argv = ["--books", str(tmp_path), "--models", str(tiny_model_dir), "--output", str(output)]
     argv += ["--prompt-tokens", "800", "--chunk-tokens", "200", "--documents", "1"]
     assert questions.main([*argv, "--ways", "full", "recall"]) == 0
     first = output.read_text().splitlines()
-    assert questions.main([*argv, "--ways", "full", "recall", "known"]) == 0
+    assert questions.main([*argv, "--ways", "full", "recall", "known", "own"]) == 0
     lines = output.read_text().splitlines()
-    assert lines[:2] == first and len(lines) == 3
-    full, recall, known = map(json.loads, lines)
-    assert [line["way"] for line in (full, recall, known)] == ["full", "recall", "known"]
-    assert full["facts"] == known["facts"] and len(full["right"]) == 6
+    assert lines[:2] == first and len(lines) == 4
+    full, recall, known, own = map(json.loads, lines)
+    assert [line["way"] for line in (full, recall, known, own)] == ["full", "recall", "known", "own"]
+    assert full["facts"] == known["facts"] and len(full["scores"]) == 6
     assert full["kv_bytes"] > 7 * recall["kv_bytes"] == 7 * known["kv_bytes"]
+    assert (own["reads"], known["reads"]) == (6, 1) and own["kv_bytes"] == known["kv_bytes"]
     assert recall["recalled_bytes"] > 0 == known["recalled_bytes"]
-    assert "One read, six questions" in capsys.readouterr().out
+    assert "One read, many questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [
+        ("(B) Their subconscious knew", "B"),
+        ("B", "B"),
+        ("B.", "B"),
+        ("The answer is BD.", "BD"),
+        ("D, B", "BD"),
+        ("(A) and (C)", "AC"),
+        ("A bird flew by", ""),
+        ("Data science", ""),
+        ("", ""),
+    ],
+)
+def test_letters_are_those_that_a_reply_names(reply: str, named: str, data: ModuleType) -> None:
+    assert data.letters(reply) == named
+
+
+def test_documents_of_leval_are_read_and_scored(
+    questions: ModuleType, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {
+        "input": "A bird flew by. " * 20,
+        "instructions": ["Why?\n(A) So\n(B) No", "When?"],
+        "outputs": ["(B) No", "AC"],
+    }
+    longer = {**record, "input": "A bird flew by. " * 200}
+    (tmp_path / "coursera.jsonl").write_text("\n".join(json.dumps(one) for one in (longer, record, record)))
+    output = tmp_path / "lines.jsonl"
+    argv = ["--data", "coursera", "--leval", str(tmp_path), "--models", str(tiny_model_dir), "--output", str(output)]
+    argv += ["--prompt-tokens", "500", "--chunk-tokens", "200", "--documents", "1", "--ways", "full", "generic"]
+    assert questions.main([*argv, "--max-minutes", "0"]) == 1
+    assert not output.exists() and "--max-minutes is up" in capsys.readouterr().err
+    assert questions.main(argv) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["data"], line["seed"], line["way"]) for line in lines] == [
+        ("coursera", 1, "full"),
+        ("coursera", 1, "generic"),
+    ]
+    assert all(len(line["scores"]) == 2 and line["facts"] == ["(B) No", "AC"] for line in lines)
+    output.write_text(json.dumps({"right": [True]}))
+    assert questions.main(argv) == 2 and "lines of another version" in capsys.readouterr().err
+
+
+def test_answers_are_scored_by_the_metric_of_their_document(data: ModuleType) -> None:
+    def one(metric: str, answer: str) -> Any:
+        return data.Document(0, "", ("?",), (answer,), metric, 8)
+
+    assert one("found", "Lisbon").score(0, "it is lisbon.") == 1.0 and one("found", "Lisbon").score(0, "Osaka") == 0.0
+    assert one("letters", "(B) No").score(0, "B") == 1.0 and one("letters", "BD").score(0, "B") == 0.0
+    assert one("f1", "the red house").score(0, "a red house") == 1.0 and 0 < one("f1", "red house").score(0, "red") < 1
