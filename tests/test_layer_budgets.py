@@ -141,8 +141,9 @@ def test_key_entropy_counts_the_directions_of_keys_up_to_a_quarter_of_them(direc
     assert key_entropy(keys) == pytest.approx(entropy, abs=1e-5)
 
 
-def test_keys_that_are_all_the_same_have_no_entropy() -> None:
+def test_keys_that_are_all_the_same_or_overflowed_have_no_entropy() -> None:
     assert key_entropy(unit(1, 2, 1, 16)) == key_entropy(torch.ones(1, 2, 9, 16)) == 0.0
+    assert key_entropy(1e5 * unit(1, 2, 30, 16).half() * 1e5) == 0.0
 
 
 def test_layers_whose_keys_have_more_entropy_get_more() -> None:
@@ -160,7 +161,8 @@ def test_layers_whose_keys_have_more_entropy_get_more() -> None:
             cache = handle.new_cache()
             model(prompt(500), **{hf.CACHE_NAME: cache})
         shares[positions] = lengths(cache)
-        assert min(lengths(cache)[3] - kept for kept in lengths(cache)[:3]) > 20
+        # Shares of 1, 1, 1 and above 3, of which no layer takes more than twice the average.
+        assert sorted(lengths(cache)[:3]) == [42, 43, 43] and lengths(cache)[3] == 128
     # Keys are measured rotated in both, so positions change nothing of it.
     assert shares["original"] == shares["compact"]
 

@@ -20,7 +20,8 @@ def key_entropy(keys: Tensor) -> float:
     Keys in n <= k directions alike have H = log n; what lies outside of the k does not count. UNComp divides by log D.
 
     Args:
-        keys: [1, Hkv, T, D], rotated. Keys that are all the same, or a single one, have an entropy of 0.
+        keys: [1, Hkv, T, D], rotated. Keys that are all the same, a single one, or keys that are not finite have an
+            entropy of 0.
 
     Returns:
         H; the host waits for the device.
@@ -31,8 +32,10 @@ def key_entropy(keys: Tensor) -> float:
         states = head.float()
         states = torch.nn.functional.normalize(states - states.mean(dim=0), dim=1)
         covariances.append(states.T @ states)
-    # In float64 on the host, as there: not every device has that.
-    values = torch.linalg.eigvalsh(torch.stack(covariances).cpu().double()).clamp_min(0.0)
+    # In float64 on the host: not every device has that. Of keys that overflowed there are no eigenvalues; what the
+    # model makes of them says so itself.
+    covariance = torch.stack(covariances).cpu().double().nan_to_num()
+    values = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
     shares = values / values.sum(dim=1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     largest = shares[:, -max(1, keys.shape[3] // _LARGEST_SHARE) :]
     return float(torch.special.entr(largest).sum(dim=1).mean())
