@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from imdc.errors import ConfigError, check_choice, check_int, did_you_mean
+from imdc.errors import ConfigError, check_choice, check_int, check_share, did_you_mean
 from imdc.kernels.limits import POOLINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
 from imdc.presets import PAPER, PER_STEP
@@ -24,7 +24,7 @@ MEASURED_BUDGETS = ("adaptive", "entropy")
 LAYER_BUDGETS = ("uniform", "pyramid", *MEASURED_BUDGETS)
 POSITIONS = ("auto", "original", "compact")
 STARTS = ("auto", PER_STEP)
-RECALLS = ("none", "host")
+RECALLS = ("none", "host", "disk")
 BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
@@ -84,8 +84,10 @@ class PrefillConfig:
         preset: "default", or "paper", the setting of the IMDC paper as far as it can be had (`imdc.presets` says what
             differs); options given beside it take precedence.
         recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
-            document in host memory, from which `handle.ask()` takes back those that each question needs.
-        recall_limit: bytes of host memory for that at most; left out, what the system has available.
+            document in host memory and "disk" in a file, from which `handle.ask()` takes back those that each question
+            needs.
+        recall_limit: bytes for that at most; left out, what the system or the disk has available.
+        recall_dir: folder of that file, which goes with the cache; left out, the system's for temporary files.
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -118,6 +120,7 @@ class PrefillConfig:
     preset: str = "default"
     recall: str = "none"
     recall_limit: int | None = None
+    recall_dir: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
@@ -141,6 +144,11 @@ class PrefillConfig:
                     f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
                     f"it out"
                 )
+        if self.recall_dir is not None and self.recall != "disk":
+            raise ConfigError(
+                f"recall_dir={self.recall_dir!r} has no effect with recall={self.recall!r}; set recall='disk', or "
+                f"leave it out"
+            )
         if self.layer_budget in MEASURED_BUDGETS and self.schedule in ("fm", "full"):
             raise ConfigError(
                 f"layer_budget={self.layer_budget!r} shares out what the memory grows by, and "
@@ -161,12 +169,7 @@ class PrefillConfig:
         if start in STARTS:
             return
         if isinstance(start, float):
-            if not 0.0 < start <= 1.0:
-                raise ConfigError(
-                    f"initial_memory={start} as a float is a share of memory_tokens and must be above 0 and at most 1; "
-                    f"give an int for a number of tokens"
-                )
-            return
+            return check_share("initial_memory", start, "memory_tokens", "a number of tokens")
         if isinstance(start, str):
             raise ConfigError(
                 f"initial_memory must be {' or '.join(map(repr, STARTS))}, an int (tokens) or a float (a share), "
@@ -194,11 +197,7 @@ class PrefillConfig:
                     f"set chunk_tokens='auto' to fit the chunks into the limit, or leave memory_limit out"
                 )
         if isinstance(self.memory_limit, float):
-            if not 0.0 < self.memory_limit <= 1.0:
-                raise ConfigError(
-                    f"memory_limit={self.memory_limit} as a float is a share of the device's memory and must be "
-                    f"above 0 and at most 1; give an int for bytes"
-                )
+            check_share("memory_limit", self.memory_limit, "the device's memory", "bytes")
         elif self.memory_limit is not None:
             check_int("memory_limit", self.memory_limit, 1)
 

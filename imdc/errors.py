@@ -46,6 +46,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         )
 
 
+def check_share(name: str, value: float, of: str, unit: str) -> None:
+    """Raise `ConfigError` unless `value` is a share of `of`; whole numbers count `unit`."""
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(
+            f"{name}={value} as a float is a share of {of} and must be above 0 and at most 1; give an int for {unit}"
+        )
+
+
 def check_int(name: str, value: object, least: int) -> None:
     """Raise `ConfigError` unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -85,8 +85,8 @@ class PrefillReport:
     `prompt_tokens` sums over the rows that were really read: identical rows (beams) are read once.
     `kv_bytes` is what the finished cache stores over all layers, `memory_tokens` the longest row's stored
     KV pairs per layer (on average) and KV head, and `restarts` how often an out-of-memory step began again with a
-    smaller plan. With recall, `host_bytes` are those of the pairs in host memory, `recalled_bytes` what questions read
-    of them, and `recall_seconds` how long that took of all `seconds`.
+    smaller plan. With recall, `host_bytes` are those of the pairs in host memory or on disk, `recalled_bytes` what
+    questions read of them, and `recall_seconds` how long that took of all `seconds`.
     """
 
     config: PrefillConfig

@@ -39,7 +39,7 @@ def test_document_and_question_make_the_prompt(byte_tokenizer: Any, template: st
     assert ids[0].tolist() == encode_prompt(byte_tokenizer, chat_prompt(byte_tokenizer, "A text.", "Why?"))
 
 
-@pytest.mark.parametrize("recall", ["none", "host"])
+@pytest.mark.parametrize("recall", ["none", "host", "disk"])
 def test_what_is_read_is_asked(
     recall: str, document: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,17 +48,29 @@ def test_what_is_read_is_asked(
     values = json.loads(shown(capsys, *read, "--json"))
     pair = 3 * 2 * 2 * 16 * 4
     assert values["prompt_tokens"] == 420 and values["memory_tokens"] == 64
-    assert values["kv_bytes"] == 64 * pair and values["host_bytes"] == (420 * pair if recall == "host" else 0)
+    assert values["kv_bytes"] == 64 * pair and values["host_bytes"] == (0 if recall == "none" else 420 * pair)
     assert values["file_bytes"] == Path(saved).stat().st_size > values["kv_bytes"] + values["host_bytes"]
     assert values["config"]["observer"] == "questions"
 
-    ask = ["ask", saved, *model, "--max-new-tokens", "6", "--question", "Why?", "--question", "When?"]
+    ask = [
+        "ask",
+        saved,
+        *model,
+        *(["--recall", "disk"] if recall == "disk" else []),
+        "--max-new-tokens",
+        "6",
+        "--question",
+        "Why?",
+        "--question",
+        "When?",
+    ]
     answers = json.loads(shown(capsys, *ask, "--json"))
     both = [one["answer"] for one in answers["answers"]]
     assert [one["question"] for one in answers["answers"]] == ["Why?", "When?"] and answers["kv_bytes"] == 64 * pair
-    assert all((one["recalled_bytes"] > 0) == (recall == "host") for one in answers["answers"])
+    assert all((one["recalled_bytes"] > 0) == (recall != "none") for one in answers["answers"])
     text = shown(capsys, *ask)
     assert text.startswith(both[0]) and "s per question" in text and ("host memory" in text) == (recall == "host")
+    assert ("on disk" in text) == (recall == "disk")
     assert "tokens read in" in shown(capsys, *read)
 
 

@@ -124,6 +124,7 @@ def test_option_names_are_the_interface() -> None:
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
         "observation_tokens", "observation_stride", "pooling", "pool_kernel", "sink_tokens", "recent_tokens",
         "layer_budget", "positions", "decode_tokens", "backend", "preset", "recall", "recall_limit",
+        "recall_dir",
     )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def test_host_memory_is_bounded() -> None:
     with pytest.raises(ConfigError, match="no effect with recall='none'"):
         PrefillConfig(recall_limit=5)
     with pytest.raises(ConfigError, match="host memory are available"):
-        recall.host_store(Parts.of(model), PrefillConfig(recall="host"), 300, needed - 1)
+        recall.text_store(Parts.of(model), PrefillConfig(recall="host"), 300, needed - 1)
 
 
 def test_plans_count_host_memory() -> None:

@@ -28,7 +28,8 @@ class ImdcCache(hf.Cache):
         turn: of the generate() call that is running, None outside of one.
         anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
         is_branch: whether it belongs to a question, whose turn drops nothing; see `imdc.cache.branch`.
-        store: all pairs of the text in host memory, where questions take back what was evicted; None without recall.
+        store: all pairs of the text in host memory or a file, where questions take back what was evicted; None without
+            recall.
     """
 
     def __init__(self, windows: Sequence[int | None], *, owner: object, can_crop: bool = True) -> None:

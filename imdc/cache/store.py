@@ -1,11 +1,19 @@
-"""All keys and values of a text in host memory, from which a question takes back what was evicted from the device."""
+"""All keys and values of a text, in host memory or a file, from which a question takes back what the device evicted."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from imdc.errors import ConfigError
+from imdc.units import format_bytes
 
 
 class HostStore:
@@ -20,17 +28,20 @@ class HostStore:
 
     Attributes:
         tokens: of the text, for which there is room.
+        folder: where the files are that are mapped in place of host memory; None for that.
         keys: per full-attention layer [1, tokens, Hkv, D] on the CPU: what is copied at once lies in one piece.
         values: as `keys`.
     """
 
-    def __init__(self, layers: Sequence[int], tokens: int) -> None:
+    def __init__(self, layers: Sequence[int], tokens: int, folder: Path | None = None) -> None:
         """Room is made when a layer brings its first chunk."""
-        self.layers, self.tokens = tuple(layers), tokens
+        self.layers, self.tokens, self.folder = tuple(layers), tokens, folder
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._copied: tuple[Tensor, Tensor] | None = None
+        # Of a chunk on its way to files: pinned copies, and where they go. What is mapped cannot be pinned.
+        self._landed: list[tuple[Tensor, Tensor]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> HostStore:
         """Itself: it does not change once its text is read, so copies of a cache share it."""
@@ -53,17 +64,14 @@ class HostStore:
         return {f"store.{layer}.{name}": side[layer] for layer in self.keys for name, side in sides}
 
     def nbytes(self) -> int:
-        """Bytes of host memory."""
+        """Bytes of host memory, or of the files in its place."""
         return sum(x.nbytes for x in (*self.keys.values(), *self.values.values()))
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store the pairs [1, Hkv, n, D] of the tokens from `start` on."""
         if layer not in self.keys:
             size = (1, self.tokens, keys.shape[1], keys.shape[3])
-            # Only what is pinned is copied while the device goes on.
-            pinned = keys.is_cuda
-            self.keys[layer] = torch.empty(size, dtype=keys.dtype, pin_memory=pinned)
-            self.values[layer] = torch.empty(size, dtype=values.dtype, pin_memory=pinned)
+            self.keys[layer], self.values[layer] = (self._room(size, states) for states in (keys, values))
         places = slice(start, start + keys.shape[2])
         targets = self.keys[layer][:, places], self.values[layer][:, places]
         keys, values = (x.transpose(1, 2) for x in (keys, values))
@@ -78,9 +86,18 @@ class HostStore:
         self._wait()
         self._copied = keys, values = keys.contiguous(), values.contiguous()
         stream.wait_stream(torch.cuda.current_stream(keys.device))
+        if self.folder is not None:
+            files, landed = targets, [torch.empty_like(x, device="cpu", pin_memory=True) for x in (keys, values)]
+            self._landed, targets = list(zip(files, landed, strict=True)), (landed[0], landed[1])
         with torch.cuda.stream(stream):
             for target, states in zip(targets, (keys, values), strict=True):
                 target.copy_(states, non_blocking=True)
+
+    def _room(self, size: tuple[int, ...], states: Tensor) -> Tensor:
+        if self.folder is not None:
+            return _mapped(self.folder, size, states.dtype)
+        # Only what is pinned is copied while the device goes on.
+        return torch.empty(size, dtype=states.dtype, pin_memory=states.is_cuda)
 
     def finish(self) -> None:
         """Wait until everything is stored."""
@@ -93,4 +110,36 @@ class HostStore:
         if self._copied is not None:
             device = self._copied[0].device
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
-            self._copied = None
+            if self._landed:
+                self._streams[device].synchronize()
+            for target, landed in self._landed:
+                target.copy_(landed)
+            self._copied, self._landed = None, []
+
+
+def _mapped(folder: Path, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor over a file of its own in `folder`; what is written to it leaves host memory when that is short.
+
+    The file has no name any more: it goes with the tensor, or with the process, however that ends.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    count = math.prod(size)
+    handle, name = tempfile.mkstemp(prefix="imdc-recall-", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            # A file without its blocks would end the process when the disk fills, not raise.
+            os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
+        tensor = torch.from_file(name, shared=True, size=count, dtype=dtype)
+    except OSError as error:
+        raise ConfigError(
+            f"recall='disk' finds no room for {format_bytes(count * dtype.itemsize)} in {os.fspath(folder)!r} "
+            f"({error}); name a folder on another disk with recall_dir"
+        ) from error
+    finally:
+        os.close(handle)
+        # Windows refuses that while it is mapped.
+        with contextlib.suppress(PermissionError):
+            os.unlink(name)
+    return tensor.view(size)

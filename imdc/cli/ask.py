@@ -25,6 +25,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
     parser.add_argument("--question", action="append", required=True, metavar="TEXT", help="may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument(
+        "--recall",
+        choices=["host", "disk"],
+        default="host",
+        help="where to take back pairs from, if the file has them: host memory, or the file itself (default: host)",
+    )
     parser.add_argument("--dtype", default="auto", help="that of the reading (default: auto)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model, gguf_file=args.gguf_file, dtype=args.dtype, device=device)
     frame = Frame.of(tokenizer)
     began = time.perf_counter()
-    cache = imdc.load_cache(args.cache, model)
+    cache = imdc.load_cache(args.cache, model, recall=args.recall)
     loaded = time.perf_counter() - began
     answers: list[dict[str, Any]] = []
     with imdc.patch(model) as handle:
@@ -80,9 +86,10 @@ def run(args: argparse.Namespace) -> int:
     line = f"{cache.get_seq_length():,} tokens, KV cache {format_bytes(cache.kv_bytes())}, loaded in {loaded:.1f} s; "
     line += f"{each:.1f} s per question"
     if stored:
+        place = "on disk" if args.recall == "disk" else "in host memory"
         moved = sum(one["recalled_bytes"] for one in answers) // len(answers)
         milliseconds = 1000 * sum(one["recall_seconds"] for one in answers) / len(answers)
-        line += f", of which {milliseconds:.0f} ms to take back from {format_bytes(stored)} in host memory, reading "
+        line += f", of which {milliseconds:.0f} ms to take back from {format_bytes(stored)} {place}, reading "
         line += format_bytes(moved)
     print(f"\n{line}")
     return 0

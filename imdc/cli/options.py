@@ -31,7 +31,7 @@ def add_config_options(
             dest=_PREFIX + field.name,
             type=_parser_of(field),
             choices=CHOICES.get(field.name),
-            metavar=None if field.name in CHOICES else "N",
+            metavar=None if field.name in CHOICES else "DIR" if field.name == "recall_dir" else "N",
             help=f"{texts.get(field.name, '')} (default: {default})".replace("%", "%%"),
         )
 
@@ -68,7 +68,7 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
         return _guarded(_bytes_or_share)
     if field.name == "recall_limit":
         return _guarded(parse_bytes)
-    if field.name in CHOICES:
+    if field.name in CHOICES or field.name == "recall_dir":
         return str
     if "float" in annotation:
         return _guarded(lambda text: text if text in STARTS else _share_or_tokens(text))

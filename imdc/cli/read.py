@@ -24,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
         help="read a text file once and save it for questions",
         description=(
             "Read a text file in bounded memory and save the KV cache, from which `imdc ask` answers any number of "
-            "questions. With --recall host the file holds all KV pairs, and questions that nobody knew find theirs."
+            "questions. With --recall host or disk the file holds all KV pairs, and questions that nobody knew find "
+            "theirs."
         ),
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder, a .gguf file or a hub id")
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         sizes = {"kv_bytes": report.kv_bytes, "host_bytes": report.host_bytes, "file_bytes": size}
         print(json.dumps({"model": args.model, "config": report.config.as_dict(), **values, **sizes}, indent=2))
         return 0
-    stored = f", all pairs in host memory {format_bytes(report.host_bytes)}" if report.host_bytes else ""
+    place = "on disk" if config.recall == "disk" else "in host memory"
+    stored = f", all pairs {place} {format_bytes(report.host_bytes)}" if report.host_bytes else ""
     print(
         f"{format_tokens(report.prompt_tokens)} tokens read in {seconds:.1f} s. KV cache "
         f"{format_bytes(report.kv_bytes)} ({format_tokens(report.memory_tokens)} pairs per layer and head){stored}.\n"

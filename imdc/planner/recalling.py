@@ -70,7 +70,7 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
 
 
 def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
-    """Bytes of host memory for all pairs of the texts in the layers that are compressed; 0 without recall."""
+    """Bytes for all pairs of the texts in the layers that are compressed, on the host or its disk; 0 without recall."""
     pair = shape.full_layers * shape.kv_bytes_per_token
     return 0 if config.recall == "none" else batch.rows * batch.prompt_tokens * pair
 
@@ -81,7 +81,8 @@ def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: in
     if not stored:
         return []
     reads = f"; one of {batch.question_tokens} tokens reads {format_bytes(moved)}" if moved else ""
-    return [f"note: questions take back what each needs from {format_bytes(stored)} of host memory{reads}"]
+    place = "on disk" if config.recall == "disk" else "of host memory"
+    return [f"note: questions take back what each needs from {format_bytes(stored)} {place}{reads}"]
 
 
 def _blocks(tokens: int) -> list[int]:

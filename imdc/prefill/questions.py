@@ -23,7 +23,7 @@ from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.observers import PromptTail, Questions, find_observer
 from imdc.prefill.engine import Engine, free_bytes
-from imdc.prefill.recall import host_store
+from imdc.prefill.recall import text_store
 from imdc.prefill.requests import GenerateRequest, check_ids
 from imdc.report import PrefillReport
 
@@ -43,7 +43,7 @@ def read_document(engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int
     if isinstance(room, bool) or not isinstance(room, int) or room < 1:
         raise UnsupportedCallError(f"room={room!r} must be an int of at least 1: tokens of a question and its answer")
     available = free_bytes(torch.device("cpu"))
-    cache.store = host_store(engine.parts, engine.config, input_ids.shape[1], available)
+    cache.store = text_store(engine.parts, engine.config, input_ids.shape[1], available)
     with cache.during(Turn(new_tokens=room, asked=True)):
         _, report = engine.prefill(cache, input_ids, None)
     cache.phase = "decode"
@@ -130,7 +130,7 @@ def question_request(
         raise UnsupportedCallError(f"the cache holds {held} documents; ask one that read() or load_cache() returned")
     if cache.store is not None and cache.tail:
         raise UnsupportedCallError(
-            f"{cache.tail} tokens were decoded after the document, which its store in host memory does not have; ask "
+            f"{cache.tail} tokens were decoded after the document, which its store does not have; ask "
             f"the cache as read() or load_cache() returned it"
         )
     request = GenerateRequest.of(engine.parts.model, (ids,), {**options, "attention_mask": mask})

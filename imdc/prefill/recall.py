@@ -1,4 +1,4 @@
-"""Take back from host memory what a question needs: the pairs of the whole text that its own queries attend to most.
+"""Take back from host memory or a file what a question needs: the pairs of the whole text that it attends to most.
 
 For one layer, with queries q_r (r = 0..n-1) of a question of n tokens, keys k_j of the text (j = 0..N-1) and of the
 question itself, and p the softmax over all of these that r may see:
@@ -20,8 +20,12 @@ numbered 0..m-1 as any memory is.
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,11 +173,11 @@ def check_recall(config: PrefillConfig, cache: ImdcCache) -> None:
         )
     if cache.store is not None and not cache.is_empty and not cache.is_branch:
         raise UnsupportedCallError(
-            "the cache belongs to a document in host memory, to which nothing can be added; ask it with handle.ask()"
+            "the cache belongs to a document with a store, to which nothing can be added; ask it with handle.ask()"
         )
 
 
-def host_store(parts: Parts, config: PrefillConfig, tokens: int, available: int | None) -> HostStore | None:
+def text_store(parts: Parts, config: PrefillConfig, tokens: int, available: int | None) -> HostStore | None:
     """An empty store for a text of `tokens`, where the config asks for one and a model has layers to compress.
 
     Args:
@@ -183,7 +187,7 @@ def host_store(parts: Parts, config: PrefillConfig, tokens: int, available: int 
         available: bytes of host memory that are free, None where that is not known.
 
     Raises:
-        ConfigError: it would take more than `recall_limit`, or than there is.
+        ConfigError: it would take more than `recall_limit`, or than there is, or its folder cannot be used.
     """
     if config.recall == "none" or not parts.full_layers:
         return None
@@ -194,10 +198,23 @@ def host_store(parts: Parts, config: PrefillConfig, tokens: int, available: int 
             f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, more than "
             f"recall_limit={config.recall_limit} bytes; raise it, read a shorter document, or leave recall out"
         )
+    if config.recall == "disk":
+        folder = Path(tempfile.gettempdir() if config.recall_dir is None else config.recall_dir)
+        if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+            raise ConfigError(
+                f"recall_dir={os.fspath(folder)!r} is no folder that can be written to; name one with recall_dir"
+            )
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ConfigError(
+                f"recall='disk' stores {format_bytes(needed)} for {tokens} tokens, and {os.fspath(folder)!r} has "
+                f"{format_bytes(free)} free; name a folder on another disk with recall_dir, or read a shorter document"
+            )
+        return HostStore(parts.full_layers, tokens, folder)
     if config.recall_limit is None and available is not None and needed > available:
         raise ConfigError(
             f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, and only "
-            f"{format_bytes(available)} of host memory are available; read a shorter document, or leave recall out"
+            f"{format_bytes(available)} of host memory are available; take recall='disk', or read a shorter document"
         )
     return HostStore(parts.full_layers, tokens)
 
