@@ -271,6 +271,23 @@ def test_saved_caches_go_on_and_tails_are_cropped(budget: str, tmp_path: Path) -
             loaded.crop(-5)
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("budget", RAGGED)
+def test_questions_about_a_document_keep_every_layer_as_it_is(budget: str, positions: str) -> None:
+    model, question = model_of(), prompt(9, seed=3)
+    with imdc.patch(model, layer_budget=budget, positions=positions, **TIGHT) as handle:
+        cache = handle.read(prompt(300))
+        before = [layer.keys.clone() for layer in cache.layers]
+        answer = handle.ask(cache, question, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+        # As if the question were decoded token by token over the same memory.
+        logits, new = by_hand(model, cache, question), []
+        for _ in range(6):
+            new.append(int(logits[0, -1].argmax()))
+            logits = by_hand(model, cache, torch.tensor([new[-1:]]))
+    assert answer.tolist() == [new] and len(set(lengths(cache))) > 1
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "smollm3"])
 def test_sliding_layers_have_no_budget_of_their_own(family: str) -> None:
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]

@@ -216,6 +216,21 @@ def test_every_row_and_turn_has_a_result_of_its_own() -> None:
         assert int(result.ages(0).max()) == 81
 
 
+@pytest.mark.parametrize("recall", ["none", "host"])
+def test_a_question_about_a_document_drops_nothing(recall: str) -> None:
+    model, ask = FAMILIES["llama"](), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with imdc.patch(model, recall=recall, layer_budget="entropy", **GROWING) as handle:
+        with imdc.probe(handle) as probe:
+            cache = handle.read(text(300))
+            answer = handle.ask(cache, text(9, seed=1), **ask)
+        assert torch.equal(handle.ask(cache, text(9, seed=1), **ask), answer)
+    document, question = probe.results
+    assert document.prompt_tokens == 300 and float(document.retention[1:].min()) < 1
+    assert question.prompt_tokens == 9 and bool((question.retention == 1).all())
+    # What answers, also what was taken back in its place, is of an earlier turn.
+    assert torch.equal(question.pairs[0, ..., 0], document.pairs[-1].sum(dim=2))
+
+
 def test_a_reading_that_begins_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, attend, failed = FAMILIES["llama"](), StepRun.attend, []
 

@@ -71,11 +71,11 @@ def scoring_bytes(work: Work, candidates: int, tail: int, voting_rows: int) -> i
 def compression_bytes(work: Work, layers: Layers) -> int:
     """Bytes of what `imdc.kernels.compress_step` allocates besides output and new memory: see there.
 
-    Scores and indices; the log-sum-exp unless one launch does it all; ranks or pooled scores. Where the machine is not
-    known, both of the latter.
+    Scores and indices; the log-sum-exp unless one launch does it all; ranks unless selection is a launch of its own and
+    does not pool. Where the machine is not known, both of the latter.
     """
     shape, step, machine = work.shape, work.step, work.machine
-    scores, pooled = 4 * shape.kv_heads * (layers.before + step.chunk_tokens), work.config.pool_kernel > 1
+    scores, ranked = 4 * shape.kv_heads * (layers.before + step.chunk_tokens), work.config.pool_kernel > 1
     log_sums = 4 * work.rows * shape.q_heads
     if machine.multiprocessors is not None:
         major = 0 if machine.capability is None else machine.capability[0]
@@ -91,12 +91,12 @@ def compression_bytes(work: Work, layers: Layers) -> int:
         fits = fed and (major == 0 or fused_step_fits(shape.head_dim, shape.dtype_bytes, major))
         fused = fits and work.backend == "triton" and work.config.observation_stride == 1
         if fused and step_in_one_launch(sizes, attention_rows(shape.head_dim, major), *chip):
-            log_sums, pooled = 0, True
+            log_sums, ranked = 0, True
         else:
-            pooled = pooled or (fed and compression_in_one_launch(sizes, *chip))
+            ranked = ranked or (fed and compression_in_one_launch(sizes, *chip))
     else:
-        pooled = True
-    return log_sums + (2 if pooled else 1) * scores + 8 * shape.kv_heads * layers.after
+        ranked = True
+    return log_sums + (2 if ranked else 1) * scores + 8 * shape.kv_heads * layers.after
 
 
 def selection_bytes(work: Work, candidates: int, kept: int) -> int:

@@ -78,7 +78,8 @@ class Engine:
             ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
         if cache.is_branch and not self.compresses and self.config.schedule != "full":
-            whole = replace(self, config=replace(self.config, schedule="full"))
+            # Nothing is dropped, so layers keep the shares that they have.
+            whole = replace(self, config=replace(self.config, schedule="full", layer_budget="uniform"))
             return whole.prefill(cache, input_ids, attention_mask, logits_to_keep=logits_to_keep, **forward_options)
         check_recall(self.config, cache)
         began = time.perf_counter()
