@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -387,13 +387,14 @@ def test_command_answers_within_two_seconds_and_without_torch(config_json: str) 
         f"main(['plan', '--config-json', {config_json!r}, '--prompt-tokens', '1M', '--gpu', '24GiB', "
         "'--solve', 'memory']); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    # The best of three: other tests may hold the processors.
+    # Processor time, and the best of three: other tests may hold the processors.
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 2.0
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0.0 < min(seconds) < 2.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
