@@ -29,7 +29,7 @@ def circumstances() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": [os.path.basename(sys.executable), *sys.argv],
+        "command": _without_machine_paths([os.path.basename(sys.executable), *sys.argv]),
         "machine": {
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

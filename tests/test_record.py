@@ -63,3 +63,11 @@ def test_a_written_result_names_no_machine_path(record: ModuleType, tmp_path: Pa
         "options": {"out": tmp_path.name, "setting": [[512, 4096]], "memory_of": None},
         "rows": result["rows"],
     }
+
+
+def test_the_command_of_a_run_names_no_machine_path(
+    record: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(ROOT / "bench" / "needle.py"), "--model", str(tmp_path / "m"), f"--output={tmp_path / 'run'}"]
+    monkeypatch.setattr("sys.argv", words)
+    assert record.circumstances()["command"][1:] == ["bench/needle.py", "--model", "m", "--output=run"]
