@@ -9,7 +9,7 @@ See `imdc.prefill.recall`, which does it. With N tokens of the text, n of the qu
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import takewhile
 
 from imdc.config import PrefillConfig
 from imdc.model.backend_rule import KERNELS
@@ -25,6 +25,18 @@ BLOCK_TOKENS = 4096
 HELD_BYTES = 64 * 2**20
 
 
+def blocks(tokens: int) -> list[range]:
+    """Keys of each block of a text."""
+    return [range(first, min(first + BLOCK_TOKENS, tokens)) for first in range(0, tokens, BLOCK_TOKENS)]
+
+
+def held_blocks(q_heads: int, question_tokens: int, text_tokens: int) -> int:
+    """Of how many of the first blocks the logits, float32 [heads, question, block], are kept."""
+    sizes = (4 * q_heads * question_tokens * len(block) for block in blocks(text_tokens))
+    fits = ((number + 1) * size <= HELD_BYTES for number, size in enumerate(sizes))
+    return sum(takewhile(bool, fits))
+
+
 def recalls_whole(max_positions: int | None, question_tokens: int, text_tokens: int, compact: bool) -> bool:
     """Whether a question attends to the whole text: not where keys have to share the positions of the window."""
     return not compact or max_positions is None or text_tokens <= max_positions - question_tokens
@@ -35,8 +47,8 @@ def recall_bytes(work: Work, layers: Layers) -> int:
     shape, rows, tokens = work.shape, work.rows, work.recalled
     queries, keys = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     on_device = work.backend in KERNELS
-    logits = [4 * shape.q_heads * rows * block for block in _blocks(tokens)]
-    held = _held(logits)
+    logits = [4 * shape.q_heads * rows * len(block) for block in blocks(tokens)]
+    held = held_blocks(shape.q_heads, rows, tokens)
     block = min(tokens, BLOCK_TOKENS)
     float_copy = 0 if shape.dtype_bytes == 4 else 4 * keys * block
     side = keys * block * shape.dtype_bytes * (on_device + work.compact) + float_copy
@@ -62,8 +74,7 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
     tokens, rows = batch.prompt_tokens, batch.question_tokens
     if config.recall == "none" or not rows or stored_tokens >= tokens:
         return 0
-    blocks = _blocks(tokens)
-    again = sum(blocks[_held([4 * shape.q_heads * rows * block for block in blocks]) :])
+    again = sum(map(len, blocks(tokens)[held_blocks(shape.q_heads, rows, tokens) :]))
     values = tokens if recalls_whole(shape.max_positions, rows, tokens, compact) else 0
     sides = tokens + values + again + 2 * stored_tokens
     return shape.full_layers * sides * shape.kv_bytes_per_token // 2
@@ -83,14 +94,3 @@ def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: in
     reads = f"; one of {batch.question_tokens} tokens reads {format_bytes(moved)}" if moved else ""
     place = "on disk" if config.recall == "disk" else "of host memory"
     return [f"note: questions take back what each needs from {format_bytes(stored)} {place}{reads}"]
-
-
-def _blocks(tokens: int) -> list[int]:
-    """Keys of each block of a text."""
-    return [min(BLOCK_TOKENS, tokens - first) for first in range(0, tokens, BLOCK_TOKENS)]
-
-
-def _held(logits: list[int]) -> int:
-    """How many of the first blocks, of so many bytes each, are kept."""
-    fits = [(number + 1) * size <= HELD_BYTES for number, size in enumerate(logits)]
-    return sum(accumulate(fits, lambda before, now: before and now))

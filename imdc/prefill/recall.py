@@ -123,36 +123,39 @@ class Recall:
         own = _logits(asking, own_k[0], scale, softcap)
         own = own.view(*own.shape[:1], -1, rows, rows).masked_fill(future, float("-inf")).view(own.shape)
         lse = own.logsumexp(dim=-1)
-        held: list[Tensor] = []
-        for first in range(0, self.store.tokens, recalling.BLOCK_TOKENS):
-            logits = self._block(layer, first, asking, span, scale, softcap)
+        blocks, held = recalling.blocks(self.store.tokens), list[Tensor]()
+        kept = recalling.held_blocks(q.shape[1], rows, self.store.tokens)
+        for block in blocks:
+            logits = self._block(layer, block, asking, span, scale, softcap)
             lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
-            if len(held) * recalling.BLOCK_TOKENS == first and (len(held) + 1) * logits.nbytes <= recalling.HELD_BYTES:
+            if len(held) < kept:
                 held.append(logits)
         out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float())
         highest = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
-        for number, first in enumerate(range(0, self.store.tokens, recalling.BLOCK_TOKENS)):
-            logits = held[number] if number < len(held) else self._block(layer, first, asking, span, scale, softcap)
+        for number, block in enumerate(blocks):
+            logits = held[number] if number < kept else self._block(layer, block, asking, span, scale, softcap)
             shares = logits.sub_(lse[..., None]).exp_()
-            highest[:, first : first + shares.shape[-1]] = shares.amax(dim=1)
+            highest[:, block.start : block.stop] = shares.amax(dim=1)
             if whole:
-                out.baddbmm_(shares, self._values(layer, first, q.device))
+                out.baddbmm_(shares, self._values(layer, block, q.device))
         scores = pool(highest[None], self.config.pool_kernel, self.config.pooling)
         return scores, rearrange(out, "h (g n) d -> 1 (h g) n d", n=rows).to(q.dtype) if whole else None
 
-    def _values(self, layer: int, first: int, device: torch.device) -> Tensor:
-        """Values float32 [Hkv, block, D] from token `first` on."""
-        values = self.store.values[layer][:, first : first + recalling.BLOCK_TOKENS]
+    def _values(self, layer: int, block: range, device: torch.device) -> Tensor:
+        """Values float32 [Hkv, block, D] of the tokens of `block`."""
+        values = self.store.values[layer][:, block.start : block.stop]
         self.moved_bytes += values.nbytes
         return values.to(device, non_blocking=True).transpose(1, 2)[0].float()
 
-    def _block(self, layer: int, first: int, asking: Tensor, span: int, scale: float, softcap: float | None) -> Tensor:
-        """Logits float32 [Hkv, group * n, block] of the keys from `first` on."""
-        keys = self.store.keys[layer][:, first : first + recalling.BLOCK_TOKENS]
+    def _block(
+        self, layer: int, block: range, asking: Tensor, span: int, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Logits float32 [Hkv, group * n, block] of the keys of `block`."""
+        keys = self.store.keys[layer][:, block.start : block.stop]
         self.moved_bytes += keys.nbytes
         keys = keys.to(asking.device, non_blocking=True).transpose(1, 2)
         if self.compact:
-            places = torch.arange(first, first + keys.shape[2], device=asking.device)
+            places = torch.arange(block.start, block.stop, device=asking.device)
             keys = self._turned(layer, keys, places * span // self.store.tokens)
         return _logits(asking, keys[0], scale, softcap)
 
