@@ -154,9 +154,9 @@ def foresee(
     steps = balanced_steps(shape, batch.prompt_tokens, config, stored_tokens=batch.stored_tokens)
     footprints = predict(shape, config, steps, backend=backend, compact=compact, batch=batch, machine=machine)
     fullest = max(planned_layers(config, shape.full_layers, steps)[-1], default=0)
-    after = predict_after(shape, config, batch, steps[-1].memory_after, fullest)
+    kept = Kept.after(shape, batch, steps[-1].memory_after, fullest)
+    after = predict_after(config, batch, kept)
     if batch.question_tokens:
-        kept = Kept.after(shape, batch, steps[-1].memory_after, fullest)
         after += predict_question(config, batch, kept, chosen, machine)
     return steps, footprints, after
 

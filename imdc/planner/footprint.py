@@ -98,19 +98,15 @@ def predict(
     return tuple(footprints)
 
 
-def predict_after(
-    shape: ModelShape, config: PrefillConfig, batch: Batch, memory_tokens: int, fullest: int
-) -> tuple[StepFootprint, ...]:
+def predict_after(config: PrefillConfig, batch: Batch, kept: Kept) -> tuple[StepFootprint, ...]:
     """The footprints of what follows the steps: the rows become one cache, then the answer is written.
 
     Args:
-        shape: the model.
         config: the options.
         batch: what was read.
-        memory_tokens: KV pairs that the last step leaves in each full-attention layer, on average.
-        fullest: those in the fullest of them.
+        kept: what the last step leaves.
     """
-    kept = Kept.after(shape, batch, memory_tokens, fullest)
+    shape = kept.shape
     memory, logits = stacking_bytes(shape, batch, kept)
     found = [StepFootprint("stacking", shape.weights, memory, logits=logits)]
     if batch.decoded_tokens and not batch.question_tokens:
