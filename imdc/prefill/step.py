@@ -34,7 +34,8 @@ class StepRun:
         full, config = parts.full_layers, reading.config
         held = [row.stored(layer) for layer in full]
         after = share_out(config, step, held, reading.measured(full))
-        self._measures = reading.entropies == {}
+        # To be filled by the first step.
+        self._entropies = None if reading.entropies else reading.entropies
         self._after = dict(zip(full, after, strict=True))
         self.fullest_after = max(after, default=0)
         # Memory that the layers of a type hold at most: their keys are numbered backwards from one start.
@@ -87,9 +88,9 @@ class StepRun:
                 turned = self.tools.backend.rotate(keys, cos, sin)
             q = self.tools.backend.rotate(q, cos[stored:], sin[stored:])
         candidates = stored + self.step.chunk_tokens
-        if self._measures and self.reading.entropies is not None and window is None:
+        if self._entropies is not None and window is None:
             # Before attention: its output is larger than what this takes for a moment, so it raises no peak.
-            self.reading.entropies[layer] = key_entropy(turned[:, :, stored:candidates])
+            self._entropies[layer] = key_entropy(turned[:, :, stored:candidates])
         keep = self._after.get(layer, candidates)
         drops = keep < candidates
         if drops and self.reading.recorder is not None:
