@@ -102,7 +102,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     from imdc.kernels.compress import compression_config, plan_compress
     from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
-    from imdc.kernels.limits import POOLINGS, StepSizes, fused_step_fits
+    from imdc.kernels.limits import OUTPUT_CHANGE, POOLINGS, SCORINGS, StepSizes, fused_step_fits
     from imdc.kernels.rotate import plan_rotate
     from imdc.kernels.select import plan_select
 
@@ -117,21 +117,28 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
         yield "chunk_attention", case, forward
         if options["window"] is None:
             mass, ranks = (_ghost(1, KV_HEADS, KEYS, dtype=kind) for kind in (torch.float32, torch.int32))
-            yield "key_mass", case, plan_key_mass(q, k, lse, mass, rows=64, target=target, **logits)
+            for scoring in SCORINGS:
+                name = f"{case} {scoring}"
+                launch = plan_key_mass(q, k, k, q, lse, mass, rows=64, scoring=scoring, target=target, **logits)
+                yield "key_mass", name, launch
             if not _fed_in_blocks("fused_step", case):
                 continue  # never launched, see `compress_step`
             kept = _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
             written = Written(mass, ranks, _ghost(1, KV_HEADS, KEEP, dtype=torch.int64), kept, kept)
             sizes = StepSizes(1, q.shape[1], KV_HEADS, QUERIES, KEYS, dim, 2, observers=16, keep=KEEP, pool_kernel=15)
             # The product's registers, which groups and caps change, are free again when scores are pooled.
-            for pooling in poolings if group == 4 and options["softcap"] is None else POOLINGS[:1]:
-                name = f"{case} {pooling}"
-                rules = Rules(keep=KEEP, rows=16, scored_keys=KEYS, pool_kernel=15, pooling=pooling, **logits)
+            ways = [(scoring, POOLINGS[0]) for scoring in SCORINGS]
+            if group == 4 and options["softcap"] is None:
+                ways += [(OUTPUT_CHANGE, pooling) for pooling in poolings[1:]]
+            for scoring, pooling in ways:
+                name = f"{case} {scoring} {pooling}"
+                kinds: dict[str, Any] = {"pooling": pooling, "scoring": scoring}
+                rules = Rules(keep=KEEP, rows=16, scored_keys=KEYS, pool_kernel=15, **kinds, **logits)
                 if fused_step_fits(dim, 2, target.major):
                     blocks = attention_config(q, k, k, target)
                     yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
                 blocks = compression_config(q, k, sizes, target)
-                yield "compress", name, plan_compress(q, k, k, k, lse, written, rules, blocks)
+                yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)

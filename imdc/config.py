@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from imdc.errors import ConfigError, check_choice, check_int, check_share, did_you_mean
-from imdc.kernels.limits import POOLINGS
+from imdc.kernels.limits import OUTPUT_CHANGE, POOLINGS, SCORINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
 from imdc.presets import PAPER, PER_STEP
 
@@ -29,9 +29,8 @@ BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
 # initial_memory="auto": a share of the memory, but no fewer tokens besides sinks and recent ones. A share alone leaves
-# next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9 and saves 4%
-# of the time to the first token. A higher floor would cost the peak that shrinking chunks save where memory is large
-# against the chunk (M = 1.8 C).
+# next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9. A higher
+# floor would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
 
 
@@ -69,6 +68,8 @@ class PrefillConfig:
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
         observation_stride: every how manyth of the deciding queries votes, counted back from the last; with
             "all_queries", 4 costs a quarter of the scoring and leaves the expected scores as they are.
+        scoring: "attention" retains the keys that get most of it, "output_change" those without which the outputs of
+            the deciding queries would change most (CAOTE).
         pooling: "max" or "avg", how neighbouring keys share their scores.
         pool_kernel: odd width in keys of that pooling; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
@@ -100,18 +101,19 @@ class PrefillConfig:
     # The paper starts at memory / steps. On needle questions at an eighth of memory that finds 64%, a quarter all.
     initial_memory: int | float | str = "auto"
     memory_tokens: int = DefaultSize(4096)
-    # Large enough to keep the matrix products of a GPU busy; memory is then twice the chunk.
+    # Keeps the matrix products of a GPU busy; memory is then twice the chunk.
     chunk_tokens: int | str = DefaultSize(2048)
     memory_limit: int | float | None = None
     observer: str | Observer = "prompt_tail"
     observation_tokens: int = 16
     observation_stride: int = 1
+    # With a sixteenth of memory attention finds 11 of 20 needles and this 19; see docs/DESIGN.md.
+    scoring: str = OUTPUT_CHANGE
     pooling: str = "max"
     # Without pooling the digits of a needle are lost one by one, even by a single compression.
     pool_kernel: int = 15
     sink_tokens: int = 4
-    # About one sentence. The newest tokens are retained whatever their score: no later query has had a chance to attend
-    # to them.
+    # About one sentence: no later query has had a chance to attend to the newest tokens.
     recent_tokens: int = 32
     layer_budget: str = "uniform"
     positions: str = "auto"
@@ -287,6 +289,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "growth": GROWTHS,
     "balance": BALANCES,
     "observer": tuple(OBSERVERS),
+    "scoring": SCORINGS,
     "pooling": POOLINGS,
     "layer_budget": LAYER_BUDGETS,
     "positions": POSITIONS,

@@ -57,7 +57,7 @@ class Observer:
 
     @property
     def is_mass(self) -> bool:
-        """Whether its scores are the attention mass itself, which a backend may compute and use in one launch."""
+        """Whether its scores are those of `Observation.scores`, which a backend may compute and use in one launch."""
         return type(self).score is AttentionObserver.score
 
     def scratch_bytes(self, keys: int, kv_heads: int, head_dim: int) -> int:
@@ -70,9 +70,9 @@ class Observer:
 
 
 class AttentionObserver(Observer):
-    """Scores by attention mass: the mean attention that a key gets from the observing queries of its KV group.
+    """Scores by the attention of the observing queries: what a key gets of it, or what their outputs owe to the key.
 
-    See `imdc.kernels.reference.key_mass`. The last `observation_tokens` queries of the chunk vote.
+    The option `scoring` says which; see `imdc.kernels.reference.key_mass`. The last `observation_tokens` queries of the chunk vote.
     """
 
     def queries(self, config: PrefillConfig, chunk_tokens: int) -> int | None:
@@ -80,8 +80,8 @@ class AttentionObserver(Observer):
         return min(config.observation_tokens, chunk_tokens)
 
     def score(self, seen: Observation) -> Tensor:
-        """The attention mass itself."""
-        return seen.mass()
+        """What the option `scoring` asks for."""
+        return seen.scores()
 
 
 class PromptTail(AttentionObserver):

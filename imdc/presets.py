@@ -26,6 +26,7 @@ PAPER: dict[str, Any] = {
     "balance": "tokens",
     "initial_memory": PER_STEP,
     "observer": "all_queries",
+    "scoring": "attention",
     "pooling": "avg",
     "pool_kernel": 5,
     "sink_tokens": 4,

@@ -4,7 +4,8 @@ Several kernels end with them: `kernels/fused_step.py` after its own attention, 
 Each part reads back what all threads of the program have written, so a barrier of the program lies between. Nothing is
 shared between programs: no atomics on memory, no barrier of the grid, and two runs give the same bits.
 
-1. mass: the keys once more, one product, probabilities, sums over the observing rows;
+1. mass: the keys once more, one product, probabilities, sums over the observing rows; where the change of the output
+   is what counts, the values too, and a product of theirs with the outputs;
 2. ranks: pooling over neighbours, and the scores as unsigned integers of the same order;
 3. threshold: the `keep`-th largest rank, eight bits a pass, from a histogram of the ranks that begin alike;
 4. indices: everything above the threshold and the first ties, in ascending order;
@@ -26,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import exponents, load_block
-from ._device import move_rows, places, read_ranks, widened, write_ranks
+from ._device import move_rows, places, read_ranks, squared_changes, widened, write_ranks
 from ._launch import INTERPRETED, strided
-from .limits import TILE
+from .limits import OUTPUT_CHANGE, SCORINGS, TILE
 
 INTERPRETED_TILE = 64  # small enough that small tests take several
 MOVED_BYTES = 32768  # of keys, and as many of values, that a program moves at a time
@@ -47,6 +48,7 @@ class Rules:
     recent_tokens: int = 0
     pool_kernel: int = 1
     pooling: str = "max"
+    scoring: str = SCORINGS[0]
     softcap: float | None = None
 
 
@@ -82,22 +84,25 @@ def compression_arguments(source_k: Tensor, source_v: Tensor, written: Written, 
     }
 
 
-def compression_blocks(block_d: int, element_size: int, pooling: str) -> dict[str, Any]:
-    """Constants, in order, of such a kernel: what a program moves and looks through at a time, and how it pools."""
+def compression_blocks(block_d: int, element_size: int, rules: Rules) -> dict[str, Any]:
+    """Constants, in order, of such a kernel: what a program moves and looks through at a time, how it scores and pools."""
     return {
         "BLOCK_T": 16 if INTERPRETED else MOVED_BYTES // (block_d * element_size),
         "TILE": INTERPRETED_TILE if INTERPRETED else TILE,
-        "AVERAGE": pooling == "avg",
+        "AVERAGE": rules.pooling == "avg",
+        "CHANGES": rules.scoring == OUTPUT_CHANGE,
     }
 
 
 @triton.jit
 def _weigh_keys(
-    b_q, b_lse, i_b, i_h, k, stride_kt, mass, observers, every, keys, scored, scale, softcap,
+    b_q, b_out, b_lse, i_b, i_h, k, stride_kt, v, stride_vt, mass, observers, every, keys, scored, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     """Mass of every scored key from the rows b_q; `b_lse`, to base 2, is infinite for rows that do not vote.
+
+    With CHANGES the squared change of their outputs b_out without the key; `v` is a pointer to the head's first value.
 
     The observers are the last queries of the block, and every `every`-th of them votes, counted from the last.
     """
@@ -113,6 +118,9 @@ def _weigh_keys(
             # Keys along the rows, so that a thread sums what it holds.
             b_s, factor = exponents(widened(b_k, UPCAST), b_q, scale, softcap, HAS_SOFTCAP, UPCAST)
             b_p = tl.exp2(b_s * factor - b_lse[None, :])
+            if CHANGES:
+                b_v = load_block(v, stride_vt, i_b, i_h, i_n, scored, D, BLOCK_D, BLOCK_N, MASKED, False)
+                b_p = squared_changes(b_p, b_v, b_out, UPCAST)
             if MASKED:
                 b_p = tl.where(o_n[:, None] <= past + o_row[None, :], b_p, 0.0)
             b_seeing = observers - tl.maximum(o_n - past, 0)
@@ -143,17 +151,17 @@ def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def compress_head(
-    b_q, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
+    b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
     source_k, stride_sb, stride_sh, stride_st,
     source_v, stride_ub, stride_uh, stride_ut,
     mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     """From the rows b_q of one KV head, the `i_row`-th of all, to what is kept of its keys: all by one program.
 
-    `b_lse` is as in `_weigh_keys`, and `k` a descriptor of all heads or a pointer to the head's first row.
+    `b_out`, their outputs, and `b_lse` are as in `_weigh_keys`, and `k` a descriptor of all heads or a pointer to the head's first row.
     """
     i_b = tl.cast(i_row // kv_heads, tl.int64)
     i_h = tl.cast(i_row % kv_heads, tl.int64)
@@ -165,10 +173,10 @@ def compress_head(
     new_k += i_row * tl.cast(keep, tl.int64) * D
     new_v += i_row * tl.cast(keep, tl.int64) * D
     _weigh_keys(
-        b_q, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, mass, observers, every, keys, scored,
-        scale, softcap,
+        b_q, b_out, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, source_v, stride_ut,
+        mass, observers, every, keys, scored, scale, softcap,
         GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
+        HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, CHANGES=CHANGES,
     )  # fmt: skip
     tl.debug_barrier()  # the mass is written
     write_ranks(mass, ranks, scored, reach, sink_tokens, recent_tokens, TILE, AVERAGE)

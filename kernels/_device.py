@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import limits
+
+LEAST_REST = tl.constexpr(limits.LEAST_REST)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -47,6 +50,25 @@ def soft_capped(logits, softcap):
     series = -1.0 / 3.0 + square * (2.0 / 15.0 + square * series)
     far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
     return softcap * tl.where(square < 0.0625, x + x * square * series, far)
+
+
+@triton.jit
+def squared_lengths(x):
+    """Of the rows of `x`, in float32."""
+    x = x.to(tl.float32)
+    return tl.sum(x * x, axis=1)
+
+
+@triton.jit
+def squared_changes(b_p, b_v, b_out, UPCAST: tl.constexpr):
+    """Squared lengths of what outputs change by without each value, where it has the share b_p [values, outputs]."""
+    b_v = widened(b_v, UPCAST)
+    b_product = tl.dot(b_v, tl.trans(b_out), input_precision="ieee")
+    b_length = squared_lengths(b_v)[:, None]
+    b_away = tl.maximum(b_length - 2.0 * b_product + squared_lengths(b_out)[None, :], 0.0)
+    b_rest = 1.0 - b_p
+    b_share = b_p / tl.maximum(b_rest, LEAST_REST)
+    return tl.where(b_rest > LEAST_REST, b_share * b_share * b_away, b_length)
 
 
 @triton.jit

@@ -49,6 +49,7 @@ from .select import plan_select
 def _compress_kernel(
     q, stride_qb, stride_qh, stride_qq,
     k, stride_kb, stride_kh, stride_kt,
+    out, stride_ob, stride_oh, stride_oq,
     lse, stride_lb, stride_lh,
     source_k, stride_sb, stride_sh, stride_st,
     source_v, stride_ub, stride_uh, stride_ut,
@@ -56,7 +57,7 @@ def _compress_kernel(
     queries, keys, kv_heads, observers, every, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0)
@@ -77,16 +78,21 @@ def _compress_kernel(
         k += i_b * stride_kb + i_h * stride_kh
     p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
     b_q = widened(tl.load(p_q, mask=m_votes[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
+    b_out = b_q
+    if CHANGES:
+        out += i_b * stride_ob + i_h * GROUP * stride_oh + first_query * tl.cast(stride_oq, tl.int64)
+        p_out = out + (o_query * stride_oq + o_head * stride_oh)[:, None] + o_d[None, :]
+        b_out = widened(tl.load(p_out, mask=m_votes[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
     # An infinite log-sum-exp gives the rows that do not vote a probability of zero.
     b_lse = tl.load(lse + o_query + o_head * stride_lh, mask=m_votes, other=float("inf")) * LOG2E
     compress_head(
-        b_q, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
+        b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
         source_k, stride_sb, stride_sh, stride_st,
         source_v, stride_ub, stride_uh, stride_ut,
         mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
         GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
-        BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
+        BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE, CHANGES=CHANGES,
     )  # fmt: skip
 
 
@@ -105,6 +111,7 @@ def plan_compress(
     k: Tensor,
     v: Tensor,
     source_k: Tensor,
+    out: Tensor,
     lse: Tensor,
     written: Written,
     rules: Rules,
@@ -117,6 +124,7 @@ def plan_compress(
         k: keys [B, Hkv, T, D].
         v: values, as `k`.
         source_k: the keys to keep some of, as `k`.
+        out: output of the forward pass, as `q`.
         lse: float32 [B, Hq, Q].
         written: what it fills.
         rules: the observers with all heads of a KV head are at most `config.rows`.
@@ -133,6 +141,7 @@ def plan_compress(
                 *("k", k, ("stride_kb", "stride_kh", "stride_kt")),
                 passed=descriptor(k, config.columns, block_d) if config.descriptors else k,
             ),
+            **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
             **strided("lse", lse, ("stride_lb", "stride_lh")),
             **compression_arguments(source_k, v, written, rules),
             "queries": q.shape[2],
@@ -142,7 +151,7 @@ def plan_compress(
             "every": rules.stride,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            **compression_blocks(block_d, q.element_size(), rules.pooling),
+            **compression_blocks(block_d, q.element_size(), rules),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -160,6 +169,7 @@ def plan_compression(
     k: Tensor,
     v: Tensor,
     source_k: Tensor,
+    out: Tensor,
     lse: Tensor,
     written: Written,
     rules: Rules,
@@ -174,6 +184,7 @@ def plan_compression(
         k: keys [B, Hkv, T, D].
         v: values, as `k`.
         source_k: the keys to keep some of, as `k`.
+        out: output of the forward pass, as `q`.
         lse: float32 [B, Hq, Q].
         written: what they fill; several launches need no `ranks` without pooling.
         rules: of which `keep` is at least 1.
@@ -182,12 +193,13 @@ def plan_compression(
     """
     if one_launch_pays(q, k, sizes, target):
         config = compression_config(q, k, sizes, target)
-        return (plan_compress(q, k, v, source_k, lse, written, rules, config),)
+        return (plan_compress(q, k, v, source_k, out, lse, written, rules, config),)
     logits: dict[str, Any] = {"scale": rules.scale, "softcap": rules.softcap}
     forced: dict[str, Any] = {"sink_tokens": rules.sink_tokens, "recent_tokens": rules.recent_tokens}
     pooled: dict[str, Any] = {"pool_kernel": rules.pool_kernel, "pooling": rules.pooling}
+    voters: dict[str, Any] = {"rows": rules.rows, "stride": rules.stride, "scoring": rules.scoring}
     return (
-        plan_key_mass(q, k, lse, written.mass, target=target, rows=rules.rows, stride=rules.stride, **logits),
+        plan_key_mass(q, k, v, out, lse, written.mass, target=target, **voters, **logits),
         plan_select(written.mass, written.indices, ranks=written.ranks, **pooled, **forced),
         plan_compact(source_k, v, written.indices, written.new_k, written.new_v),
     )

@@ -34,7 +34,7 @@ from .chunk_attention import attention_config, new_output, plan_chunk_attention
 from .compress import plan_compression
 from .fused_step import plan_fused_step
 from .key_mass import require_scoring
-from .limits import StepSizes, fused_step_fits, step_in_one_launch
+from .limits import SCORINGS, StepSizes, fused_step_fits, step_in_one_launch
 from .reference import require_selection
 
 # The forward pass of a library, with the signature of `chunk_attention`.
@@ -72,7 +72,7 @@ def plan_step(
     for name, x in (("v", v), ("kept_k", source_k)):
         require_tensor(name, x, tuple(k.shape), (q.dtype,))
     require_logits(options["scale"], options["softcap"])
-    scoring = {name: options[name] for name in ("rows", "stride", "pool_kernel", "pooling")}
+    scoring = {name: options[name] for name in ("rows", "stride", "pool_kernel", "pooling", "scoring")}
     rules = Rules(scored_keys=require_scoring(q, k, scored_keys=scored_keys, **scoring), **options)
     require_selection(rules.scored_keys, rules.keep, rules.sink_tokens, rules.recent_tokens)
 
@@ -82,6 +82,7 @@ def plan_step(
         observers=rules.rows,
         keep=rules.keep,
         pool_kernel=rules.pool_kernel,
+        scoring=rules.scoring,
     )
     out, lse = new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     written = Written(
@@ -100,10 +101,10 @@ def plan_step(
         if config is not None:
             launches = (plan_chunk_attention(q, k, v, out, lse, window=None, target=target, config=config, **logits),)
         if rules.keep > 0:
-            launches += plan_compression(q, k, v, source_k, lse, written, rules, sizes=sizes, target=target)
+            launches += plan_compression(q, k, v, source_k, out, lse, written, rules, sizes=sizes, target=target)
     made = {"out": out, "lse": lse, **written._asdict()}
     if library:
-        del made["out"], made["lse"]
+        del made["out"], made["lse"]  # the library's own
     needed = {"out", "new_k", "new_v", "indices"}.union(*(launch.tensors for launch in launches))
     return StepPlan(launches, {name: x for name, x in made.items() if name in needed})
 
@@ -122,11 +123,12 @@ def compress_step(
     recent_tokens: int = 0,
     pool_kernel: int = 1,
     pooling: str = "max",
+    scoring: str = SCORINGS[0],
     softcap: float | None = None,
     kept_k: Tensor | None = None,
     forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attend, score the keys by their attention from the last `rows` queries, and keep the best `keep` of them.
+    """Attend, score the keys by what the last `rows` queries have of them, and keep the best `keep`.
 
     Args:
         q: queries [B, Hq, Q, D].
@@ -141,6 +143,7 @@ def compress_step(
         recent_tokens: keys kept at the end of the scored ones, whatever their score.
         pool_kernel: odd width of a pooling over neighbouring scores; 1 leaves them.
         pooling: "max" or "avg".
+        scoring: "attention", or "output_change": what the outputs of these queries would change by without a key.
         softcap: as in `chunk_attention`.
         kept_k: what to keep of the keys instead of `k`, same shape: their canonical form where `k` is rotated.
         forward: a library's attention with the signature of `chunk_attention`; None takes this project's.
@@ -164,6 +167,7 @@ def compress_step(
         recent_tokens=recent_tokens,
         pool_kernel=pool_kernel,
         pooling=pooling,
+        scoring=scoring,
         softcap=softcap,
         library=forward is not None,
         target=common_target(q=q, k=k, v=v, kept_k=source_k),
@@ -171,7 +175,9 @@ def compress_step(
     tensors = {"q": q, "k": k, "v": v, "source_k": source_k, "source_v": v}
     if forward is not None:
         # Before anything else is allocated: what the library needs besides is gone when it returns.
-        tensors["out"], lse = forward(q, k, v, scale=scale, softcap=softcap)
+        out, lse = forward(q, k, v, scale=scale, softcap=softcap)
+        planned = new_output(q)
+        tensors["out"] = out if out.stride() == planned.stride() else planned.copy_(out)
         require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
         tensors["lse"] = lse.contiguous()
     for name, x in plan.made.items():

@@ -46,7 +46,7 @@ def _fused_step_kernel(
     queries, keys, kv_heads, kv_rows, observers, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -76,19 +76,20 @@ def _fused_step_kernel(
         HAS_SOFTCAP=HAS_SOFTCAP, HAS_WINDOW=False, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
     )  # fmt: skip
     p_out = out + (o_query * stride_oq + o_head * stride_oh)[:, None] + o_d[None, :]
-    tl.store(p_out, rounded(b_acc / b_sum[:, None], out.dtype.element_ty, UPCAST), mask=m_q)
+    b_out = rounded(b_acc / b_sum[:, None], out.dtype.element_ty, UPCAST)
+    tl.store(p_out, b_out, mask=m_q)
 
     if tl.program_id(0) < kv_rows:
         m_observer = (o_query >= QUERIES - observers) & (o_m < QUERIES * GROUP)
         b_lse = tl.where(m_observer, b_max + tl.log2(b_sum), float("inf"))
         compress_head(
-            b_q, b_lse, i_row, kv_heads, k, stride_kt, observers, 1, keys, scale, softcap,
+            b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, observers, 1, keys, scale, softcap,
             source_k, stride_sb, stride_sh, stride_st,
             source_v, stride_ub, stride_uh, stride_ut,
             mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
-            BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE,
+            BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE, CHANGES=CHANGES,
         )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def plan_fused_step(
             "observers": rules.rows,
             **logits,
             "DESCRIPTORS": config.descriptors,
-            **compression_blocks(block_d, q.element_size(), rules.pooling),
+            **compression_blocks(block_d, q.element_size(), rules),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

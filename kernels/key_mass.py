@@ -6,6 +6,9 @@
 With a stride every n-th of these queries votes, counted back from the last. They are spread evenly over the text, so
 what they see on average is what all of them see, for a fraction of the product.
 
+Where the change of the output is what counts (CAOTE, arXiv 2504.14051), the sum is over the squared changes instead:
+(p / (1 - p))^2 |out - v|^2 with p the probability, which takes a second product, of values and outputs; see the reference.
+
 The log-sum-exp of the forward pass turns each logit into its softmax probability at once, so one product of keys and
 observing queries suffices and their matrix never leaves the registers.
 
@@ -29,8 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import exponents
-from ._device import LOG2E, widened
+from ._device import widened
 from ._launch import (
     INTERPRETER,
     Config,
@@ -45,35 +47,10 @@ from ._launch import (
     require_tensor,
     strided,
 )
+from ._observers import sum_observers
 from ._plans import Planner
-from .limits import POOLINGS, power_of_two
+from .limits import OUTPUT_CHANGE, POOLINGS, SCORINGS, power_of_two
 from .reference import pool, voters
-
-
-@triton.jit
-def _sum_observers(
-    b_mass, b_k, q, stride_qh, stride_qq, lse, stride_lh, stride_lq, o_first, start, end, observers, scale, softcap,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Adds the probabilities that the observers start..end give the keys; MASKED: not all of them see all keys."""
-    QUERIES: tl.constexpr = BLOCK_M // GROUP
-    o_m = tl.arange(0, BLOCK_M)
-    o_query = o_m // GROUP
-    o_head = tl.cast(o_m % GROUP, tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    for t in range(start, end, QUERIES):
-        m_m = (o_query < observers - t) & (o_m < QUERIES * GROUP)
-        p_q = q + t * tl.cast(stride_qq, tl.int64) + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
-        b_q = widened(tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
-        # An infinite log-sum-exp gives the rows that are no observers a probability of zero.
-        b_lse = tl.load(lse + t * stride_lq + o_query * stride_lq + o_head * stride_lh, mask=m_m, other=float("inf"))
-        b_s, factor = exponents(b_k, b_q, scale, softcap, HAS_SOFTCAP, UPCAST)  # [BLOCK_N, BLOCK_M]
-        b_p = tl.exp2(b_s * factor - (b_lse * LOG2E)[None, :])
-        if MASKED:
-            b_p = tl.where((t + o_query)[None, :] >= o_first[:, None], b_p, 0.0)
-        b_mass += tl.sum(b_p, axis=1)
-    return b_mass
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -86,11 +63,13 @@ def _sum_observers(
 def _key_mass_kernel(
     q, stride_qb, stride_qh, stride_qq,
     k, stride_kb, stride_kh, stride_kt,
+    v, stride_vb, stride_vh, stride_vt,
+    out, stride_ob, stride_oh, stride_oq,
     lse, stride_lb, stride_lh, stride_lq,
     mass, stride_mb, stride_mh,
-    step_q, step_l, first, observers, every, keys, scored, kv_heads, kv_rows, scale, softcap,
+    step_q, step_o, step_l, first, observers, every, keys, scored, kv_heads, kv_rows, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -103,12 +82,18 @@ def _key_mass_kernel(
     # From here on the queries are those that vote: `observers` from `first` on, in memory `step_q` elements apart.
     q += i_b * stride_qb + i_h * GROUP * stride_qh + first * tl.cast(stride_qq, tl.int64)
     k += i_b * stride_kb + i_h * stride_kh + i_n * tl.cast(stride_kt, tl.int64)
+    out += i_b * stride_ob + i_h * GROUP * stride_oh + first * tl.cast(stride_oq, tl.int64)
     lse += i_b * stride_lb + i_h * GROUP * stride_lh + first * stride_lq
     mass += i_b * stride_mb + i_h * stride_mh + i_n
 
     m_n = o_n < scored - i_n
     p_k = k + o_n[:, None] * stride_kt + o_d[None, :]
     b_k = widened(tl.load(p_k, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
+    b_v = b_k
+    if CHANGES:
+        p_v = v + i_b * stride_vb + i_h * stride_vh + i_n * tl.cast(stride_vt, tl.int64)
+        p_v = p_v + o_n[:, None] * stride_vt + o_d[None, :]
+        b_v = tl.load(p_v, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
 
     # Observer t sees keys up to past + t * every; `o_first` is the first observer that sees each key.
     past = keys - 1 - (observers - 1) * every
@@ -120,16 +105,16 @@ def _key_mass_kernel(
 
     b_mass = tl.zeros([BLOCK_N], tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
-        b_mass = _sum_observers(
-            b_mass, b_k, q, stride_qh, step_q, lse, stride_lh, step_l, o_first,
+        b_mass = sum_observers(
+            b_mass, b_k, b_v, q, stride_qh, step_q, out, stride_oh, step_o, lse, stride_lh, step_l, o_first,
             start if MASKED else inside, inside if MASKED else observers, observers, scale, softcap,
             GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
-            MASKED=MASKED, HAS_SOFTCAP=HAS_SOFTCAP, UPCAST=UPCAST,
+            MASKED=MASKED, HAS_SOFTCAP=HAS_SOFTCAP, UPCAST=UPCAST, CHANGES=CHANGES,
         )  # fmt: skip
     tl.store(mass + o_n, b_mass / (tl.maximum(observers - o_first, 1) * GROUP).to(tl.float32), mask=m_n)
 
 
-def _candidates(element_size: int, block_d: int, target: Target) -> list[tuple[Config, int]]:
+def _candidates(element_size: int, block_d: int, target: Target, changes: bool) -> list[tuple[Config, int]]:
     """Configurations to try in order, each with an upper bound of the shared memory it takes, in bytes.
 
     None of them spills registers; `bench/kernel_resources.py` holds the table to that.
@@ -142,30 +127,37 @@ def _candidates(element_size: int, block_d: int, target: Target) -> list[tuple[C
         shapes = [Config(64, 64, num_warps=8, num_stages=2), Config(32, 64, num_warps=8, num_stages=2)]
     else:
         shapes = [Config(64, 128, num_warps=8, num_stages=3)]
-    row_bytes = block_d * element_size
+    row_bytes = (2 if changes else 1) * block_d * element_size
     return [(c, (c.columns + c.rows * c.num_stages) * row_bytes + 2048) for c in shapes]
 
 
 def plan_key_mass(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
+    out: Tensor,
     lse: Tensor,
     mass: Tensor,
     *,
     scale: float,
     rows: int,
     stride: int = 1,
+    scoring: str = SCORINGS[0],
     softcap: float | None,
     target: Target,
     config: Config | None = None,
 ) -> Launch:
-    """The launch of `key_mass` for checked arguments, pooling left out; `config` overrides the table."""
+    """The launch of `key_mass` for checked arguments, pooling left out; `config` overrides the table.
+
+    `v` and `out` are only read where the change of the output is what counts.
+    """
     batch, _, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     scored = mass.shape[2]
     voting = range(queries)[voters(queries, rows, stride)]
     if config is None:
-        config = first_that_fits(_candidates(q.element_size(), power_of_two(dim, least=16), target), target)
+        candidates = _candidates(q.element_size(), power_of_two(dim, least=16), target, scoring == OUTPUT_CHANGE)
+        config = first_that_fits(candidates, target)
     logits = logit_arguments(q, k, config, scale=scale, softcap=softcap)
     return Launch(
         kernel=_key_mass_kernel,
@@ -173,9 +165,12 @@ def plan_key_mass(
         arguments={
             **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt")),
+            **strided("v", v, ("stride_vb", "stride_vh", "stride_vt")),
+            **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
             **strided("lse", lse, ("stride_lb", "stride_lh", "stride_lq")),
             **strided("mass", mass, ("stride_mb", "stride_mh")),
             "step_q": q.stride(2) * stride,
+            "step_o": out.stride(2) * stride,
             "step_l": lse.stride(2) * stride,
             "first": voting[0],
             "observers": len(voting),
@@ -185,6 +180,7 @@ def plan_key_mass(
             "kv_heads": kv_heads,
             "kv_rows": batch * kv_heads,
             **logits,
+            "CHANGES": scoring == OUTPUT_CHANGE,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -192,7 +188,15 @@ def plan_key_mass(
 
 
 def require_scoring(
-    q: Tensor, k: Tensor, *, rows: int, stride: int, scored_keys: int | None, pool_kernel: int, pooling: str
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: int,
+    stride: int,
+    scored_keys: int | None,
+    pool_kernel: int,
+    pooling: str,
+    scoring: str = SCORINGS[0],
 ) -> int:
     """Check who observes, what is scored and how it is pooled; returns the number of scored keys.
 
@@ -205,20 +209,32 @@ def require_scoring(
     scored = keys if scored_keys is None else scored_keys
     require(0 <= scored <= keys, "scored_keys", scored_keys, f"must be 0..{keys}, the number of keys, or None for all")
     require(pooling in POOLINGS, "pooling", repr(pooling), f"must be one of {', '.join(map(repr, POOLINGS))}")
+    require(scoring in SCORINGS, "scoring", repr(scoring), f"must be one of {', '.join(map(repr, SCORINGS))}")
     require(pool_kernel >= 1 and pool_kernel % 2 == 1, "pool_kernel", pool_kernel, "must be odd and at least 1")
     return scored
 
 
 @Planner
 def _plan(
-    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, softcap: float | None, target: Target, **voting: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    target: Target,
+    **voting: Any,
 ) -> Launch:
     require_queries_and_keys(q, k)
+    require_tensor("v", v, tuple(k.shape), (q.dtype,))
+    require_tensor("out", out, tuple(q.shape), (q.dtype,))
     require_tensor("lse", lse, tuple(q.shape[:-1]), (torch.float32,))
     require_logits(scale, softcap)
     mass = q.new_empty(*k.shape[:2], require_scoring(q, k, **voting), dtype=torch.float32)
-    voters = {name: voting[name] for name in ("rows", "stride")}
-    return plan_key_mass(q, k, lse, mass, scale=scale, softcap=softcap, target=target, **voters)
+    voters = {name: voting[name] for name in ("rows", "stride", "scoring")}
+    return plan_key_mass(q, k, v, out, lse, mass, scale=scale, softcap=softcap, target=target, **voters)
 
 
 def key_mass(
@@ -233,6 +249,8 @@ def key_mass(
     softcap: float | None = None,
     pool_kernel: int = 1,
     pooling: str = "max",
+    v: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
 
@@ -250,6 +268,8 @@ def key_mass(
         softcap: as in `chunk_attention`.
         pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
         pooling: "max" or "avg"; see `pool`.
+        v: values, as `k`. With them and `out` the score is the mean squared change of an output without the key.
+        out: outputs, as `q`.
 
     Returns:
         float32 [B, Hkv, scored_keys].
@@ -259,11 +279,15 @@ def key_mass(
     """
     voting: dict[str, Any] = {"rows": rows, "stride": stride, "scored_keys": scored_keys}
     voting |= {"pool_kernel": pool_kernel, "pooling": pooling}
-    target = common_target(q=q, k=k, lse=lse)
-    launch = _plan(q, k, lse, scale=scale, softcap=softcap, target=target, **voting)
+    require((v is None) == (out is None), "out" if out is None else "v", None, "must be given where the other one is")
+    voting["scoring"] = SCORINGS[0] if v is None else OUTPUT_CHANGE
+    # Something must be passed for what is not read.
+    v, out = k if v is None else v, q if out is None else out
+    target = common_target(q=q, k=k, v=v, out=out, lse=lse)
+    launch = _plan(q, k, v, out, lse, scale=scale, softcap=softcap, target=target, **voting)
     scored = k.shape[2] if scored_keys is None else scored_keys
     mass = torch.empty(*k.shape[:2], scored, dtype=torch.float32, device=q.device)
     if scored == 0:
         return mass
-    launch.run(q.device, {"q": q, "k": k, "lse": lse, "mass": mass})
+    launch.run(q.device, {"q": q, "k": k, "v": v, "out": out, "lse": lse, "mass": mass})
     return pool(mass, pool_kernel, pooling)

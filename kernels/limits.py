@@ -13,6 +13,12 @@ MAX_HEAD_SIZE = 256
 _BLOCK_ELEMENTS = 4 * 2**20
 # Ways to pool scores over neighbouring keys, by the names of SnapKV's code.
 POOLINGS = ("max", "avg")
+# What a key's score is: the attention that the observers give it, or what their outputs would change by without it.
+OUTPUT_CHANGE = "output_change"
+SCORINGS = ("attention", OUTPUT_CHANGE)
+# Of a row's attention, what one key must leave to the others for the change to be taken from the output. Where it leaves
+# less the output is nearly the value itself, and their difference nearly all rounding: there the value's length counts.
+LEAST_REST = 1 / 32
 # Generations with both the bulk tensor copy engine and shared memory enough to feed it.
 COPYING_MAJORS = (9, 10)
 # Scores that a program which selects looks through at a time.
@@ -81,6 +87,7 @@ class StepSizes:
     observers: int
     keep: int
     pool_kernel: int
+    scoring: str = SCORINGS[0]
 
     @property
     def group(self) -> int:
@@ -91,6 +98,10 @@ class StepSizes:
         """Clocks of one product of a block of rows with one key."""
         flops = _FLOPS_PER_CLOCK.get(major, _FLOPS_PER_CLOCK[8])
         return 2.0 * rows * power_of_two(self.dim, least=16) / flops
+
+    def scored(self, rows: int, major: int) -> float:
+        """Clocks in which one program scores all keys: a product with the keys, for changes one more with the values."""
+        return (2 if self.scoring == OUTPUT_CHANGE else 1) * self.product(rows, major) * self.keys
 
     def read(self, times: int) -> float:
         """Clocks in which one program reads all scores of a KV head so many times."""
@@ -128,10 +139,11 @@ def step_in_one_launch(work: StepSizes, block_rows: int, major: int, multiproces
     if block_queries == 0 or work.observers > block_queries or work.keep == 0:
         return False
     product = work.product(block_rows, major)
-    chain = 3.0 * product * work.keys + work.selected + work.moved
+    scored = work.scored(block_rows, major)
+    chain = 2.0 * product * work.keys + scored + work.selected + work.moved
     blocks = work.batch * work.kv_heads * -(-work.queries // block_queries)
     mean_keys = work.keys - work.queries / 2
-    compression = work.batch * work.kv_heads * (product * work.keys + work.selected + work.moved)
+    compression = work.batch * work.kv_heads * (scored + work.selected + work.moved)
     return chain <= (2.0 * product * mean_keys * blocks + compression) / multiprocessors
 
 
@@ -155,8 +167,8 @@ def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int)
     if rows > MOST_COMPRESSED_ROWS or work.keep == 0:
         return False
     heads = work.batch * work.kv_heads
-    scoring = work.product(rows, major) * work.keys
-    chain = (scoring + work.selected + work.moved) * -(-heads // multiprocessors)
+    scored = work.scored(rows, major)
+    chain = (scored + work.selected + work.moved) * -(-heads // multiprocessors)
     pooled = work.read(work.pool_kernel) if work.pool_kernel > 1 else 0.0
     alone = pooled + 32 * _LOAD_CLOCKS + 3 * _LAUNCH_CLOCKS
-    return chain <= (scoring + work.moved) * heads / multiprocessors + alone
+    return chain <= (scored + work.moved) * heads / multiprocessors + alone

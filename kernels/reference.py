@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from imdc.kernels.limits import rows_per_block
+from imdc.kernels.limits import LEAST_REST, rows_per_block
 from torch import Tensor
 
 
@@ -96,12 +96,19 @@ def key_mass(
     softcap: float | None = None,
     pool_kernel: int = 1,
     pooling: str = "max",
+    v: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Importance of every key: the attention it gets from the last `rows` queries.
 
     mass[j] = mean over the heads of the KV group and over the observing rows that can see j of
     exp(logit - lse). A key that no observing row sees has mass 0. `lse` comes from `chunk_attention`, so the
     probabilities are those of the full softmax and the queries x keys matrix never exists as a whole.
+
+    With `v` and `out`, what each output would change by without the key counts instead of the attention p that the key
+    gets: without key j, the output o of a row becomes o + p / (1 - p) (o - v[j]), exactly (CAOTE, arXiv 2504.14051).
+    The score is the mean of the squared lengths of these changes; where p leaves less than `LEAST_REST`, |v[j]| is taken
+    for the length.
 
     Args:
         q: queries [B, Hq, Q, D]; the observers are the last `rows` of them.
@@ -114,6 +121,8 @@ def key_mass(
         softcap: as in `chunk_attention`.
         pool_kernel: odd width of a pooling over neighbouring keys (SnapKV, arXiv 2404.14469); 1 leaves the mass.
         pooling: "max" or "avg"; see `pool`.
+        v: values, as `k`; given together with `out`.
+        out: outputs, as `q`.
 
     Returns:
         float32 [B, Hkv, scored_keys].
@@ -134,9 +143,25 @@ def key_mass(
         for head in range(kv_heads):
             of_group = slice(head * group, (head + 1) * group)
             logits = _block_logits(q[:, of_group, block], k[:, head].float(), visible, scale=scale, softcap=softcap)
-            mass[:, head] += logits.sub_(lse[:, of_group, block, None]).exp_().sum(dim=(1, 2))
+            weights = logits.sub_(lse[:, of_group, block, None]).exp_()
+            if v is not None and out is not None:
+                weights = _squared_changes(weights, v[:, head].float(), out[:, of_group, voting][:, :, block].float())
+            mass[:, head] += weights.sum(dim=(1, 2))
     mass = mass[..., :scored] / (seen[:scored] * group).clamp_min(1.0)
     return pool(mass, pool_kernel, pooling)
+
+
+def _squared_changes(weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """Squared lengths [B, G, R, T] of what outputs [B, G, R, D] change by without each of the values [B, T, D]."""
+    lengths = torch.linalg.vector_norm(values, dim=-1).square_()[:, None, None]
+    rest = 1.0 - weights
+    nearly_all = rest <= LEAST_REST
+    weights.div_(rest).square_()
+    # No more than two blocks at a time.
+    del rest
+    away = torch.matmul(outputs, values[:, None].transpose(2, 3)).mul_(-2.0)
+    away.add_(torch.linalg.vector_norm(outputs, dim=-1, keepdim=True).square_()).add_(lengths).clamp_min_(0.0)
+    return torch.where(nearly_all, lengths, weights.mul_(away), out=weights)
 
 
 def pool(mass: Tensor, pool_kernel: int, pooling: str = "max") -> Tensor:

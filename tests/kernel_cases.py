@@ -21,6 +21,7 @@ if not ON_DEVICE:
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_REST = 1 / 32  # of the probability, which a key must leave to the others; see `kernels/limits.py`
 LOG2E = 1.4426950408889634
 HARDWARE_UNITS = 2.0 if ON_DEVICE else 0.0
 
@@ -112,10 +113,21 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, **logits: Any) -> Tensor:
     return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
-def mass_of(q: Tensor, k: Tensor, *, rows: int, stride: int = 1, lse: Tensor | None = None, **logits: Any) -> Tensor:
+def mass_of(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: int,
+    stride: int = 1,
+    lse: Tensor | None = None,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
+    **logits: Any,
+) -> Tensor:
     """Mass of every key [B, Hkv, T] from the whole matrix of probabilities, head by head.
 
-    With `lse` [B, Hq, Q] the probabilities are powers of two of the distance to it, as on a device.
+    With `lse` [B, Hq, Q] the probabilities are powers of two of the distance to it, as on a device. With `v` and `out`
+    the squared change of an output without the key takes the place of its probability.
     """
     batch, q_heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -123,6 +135,13 @@ def mass_of(q: Tensor, k: Tensor, *, rows: int, stride: int = 1, lse: Tensor | N
     weights = table.softmax(dim=-1) if lse is None else torch.exp2(table * LOG2E - (lse * LOG2E)[..., None])
     voting = [row for row in range(queries - rows, queries) if (queries - 1 - row) % stride == 0]
     weights = weights[:, :, voting]
+    if v is not None and out is not None:
+        values = v.to(q.dtype).repeat_interleave(q_heads // kv_heads, dim=1)
+        outputs = out[:, :, voting].to(q.dtype)
+        lengths = values.square().sum(-1)[:, :, None]
+        away = (outputs.square().sum(-1)[..., None] + lengths - 2 * outputs @ values.transpose(2, 3)).clamp_min(0)
+        changes = (weights / (1 - weights)).square() * away
+        weights = torch.where(1 - weights > LEAST_REST, changes, lengths)
     seen = visible(queries, keys, logits["window"], q.device)[voting].sum(dim=0)
     summed = torch.zeros(batch, kv_heads, keys, dtype=q.dtype, device=q.device)
     for head in range(q_heads):
@@ -131,7 +150,15 @@ def mass_of(q: Tensor, k: Tensor, *, rows: int, stride: int = 1, lse: Tensor | N
 
 
 def masses_in_several_orders(
-    case: Case, q: Tensor, k: Tensor, lse: Tensor, *, rows: int, stride: int = 1
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    rows: int,
+    stride: int = 1,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> list[Tensor]:
     """PyTorch's mass in float32 with the head dimensions and the heads of each group shuffled: orders of its sums."""
     generator = torch.Generator().manual_seed(1)
@@ -141,7 +168,10 @@ def masses_in_several_orders(
         order = torch.arange(case.kv_heads)[:, None] * case.group + torch.randperm(case.group, generator=generator)
         heads = order.flatten().to(q.device)
         queries, keys = q.float()[:, heads][..., dims], k.float()[..., dims]
-        found.append(mass_of(queries, keys, rows=rows, stride=stride, lse=lse[:, heads], **case.logits))
+        changed: dict[str, Tensor] = {}
+        if v is not None and out is not None:
+            changed = {"v": v.float()[..., dims], "out": out.float()[:, heads][..., dims]}
+        found.append(mass_of(queries, keys, rows=rows, stride=stride, lse=lse[:, heads], **changed, **case.logits))
     return found
 
 

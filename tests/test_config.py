@@ -122,8 +122,8 @@ def test_first_memory_in_tokens(options: dict[str, Any], tokens: int) -> None:
 def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
-        "observation_tokens", "observation_stride", "pooling", "pool_kernel", "sink_tokens", "recent_tokens",
-        "layer_budget", "positions", "decode_tokens", "backend", "preset", "recall", "recall_limit",
+        "observation_tokens", "observation_stride", "scoring", "pooling", "pool_kernel", "sink_tokens",
+        "recent_tokens", "layer_budget", "positions", "decode_tokens", "backend", "preset", "recall", "recall_limit",
         "recall_dir",
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ from imdc.kernels import _launch, compress, reference
 from imdc.kernels import compress_step as module
 from imdc.kernels._launch import Config
 from imdc.kernels.compress_step import compress_step
+from imdc.kernels.limits import OUTPUT_CHANGE
 
 # Groups of 1, 3, 4, 7 and 8; ragged lengths, empty memory, a one-token chunk, capped logits.
 CASES = (
@@ -60,24 +61,30 @@ def observers(case: Case) -> int:
     return min(case.queries, 32 // case.group)
 
 
-@pytest.mark.parametrize(("pool_kernel", "pooling"), [(1, "max"), (15, "max"), (5, "avg")])
+@pytest.mark.parametrize(
+    ("pool_kernel", "pooling", "scoring"),
+    [(1, "max", "attention"), (15, "max", "attention"), (5, "avg", "attention"), (15, "max", "output_change")],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int, pooling: str, way: str) -> None:
+def test_agrees_with_float64(
+    case: Case, dtype: torch.dtype, pool_kernel: int, pooling: str, scoring: str, way: str
+) -> None:
     q, k, v = case.tensors(dtype)
     scored, rows = case.keys - case.queries // 4, observers(case)
     sinks, recent = min(3, scored // 8), min(4, scored // 8)
     keep = (scored + 1) // 2
     chosen = {"keep": keep, "sink_tokens": sinks, "recent_tokens": recent}
     with poisoned_memory():
-        pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling}
+        pooled: dict[str, Any] = {"pool_kernel": pool_kernel, "pooling": pooling, "scoring": scoring}
         out, new_k, new_v, indices = compress_step(
             q, k, v, rows=rows, scored_keys=scored, **pooled, **chosen, **options(case)
         )
     truth, _ = attention_oracle(q, k, v, **case.logits)
     assert_near(out, truth, eager_attention(q, k, v, **case.logits), factor=2.0, softcap=case.softcap)
 
-    exact = mass_of(q.double(), k.double(), rows=rows, **case.logits)[..., :scored]
+    changed = {"v": v, "out": out} if scoring == OUTPUT_CHANGE else {}
+    exact = mass_of(q.double(), k.double(), rows=rows, **changed, **case.logits)[..., :scored]
     exact = reference.pool(exact, pool_kernel, pooling)
     exact[..., :sinks] = exact[..., scored - recent :] = float("inf")
     assert (indices.diff(dim=-1) > 0).all() and (indices >= 0).all() and (indices < scored).all()
@@ -86,6 +93,7 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, pool_kernel: int, p
     best_dropped = exact.masked_fill(kept, 0.0).amax(dim=-1)
     # Scores closer than float32 tells apart may change places; a cap multiplies the error of its logits.
     tied = 1e-5 if case.softcap is None else 1e-4
+    tied *= 4 if changed else 1  # the share is squared, and the distance is a difference
     assert (best_dropped <= least_kept * (1 + tied)).all()
 
     expected_k, expected_v = reference.compact(k, v, indices)
@@ -263,6 +271,7 @@ def test_two_runs_give_the_same_bits(way: str) -> None:
         ({"stride": 0}, r"stride = 0: must be at least 1"),
         ({"pool_kernel": 2}, r"pool_kernel = 2: must be odd"),
         ({"pooling": "mean"}, r"pooling = 'mean': must be one of 'max', 'avg'"),
+        ({"scoring": "mass"}, r"scoring = 'mass': must be one of 'attention', 'output_change'"),
         ({"scored_keys": 118}, r"scored_keys = 118"),
         ({"k": torch.zeros(3, 3)}, r"k\.shape = \[3, 3\]"),
         ({"v": torch.zeros(1, 2, 9, 64)}, r"v\.shape = \[1, 2, 9, 64\]"),

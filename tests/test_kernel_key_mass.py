@@ -14,6 +14,7 @@ from kernel_cases import (
     assert_near,
     attention_oracle,
     inside_workspace,
+    logits_of,
     mass_of,
     masses_in_several_orders,
     poisoned_memory,
@@ -25,7 +26,7 @@ pytest.importorskip("triton")
 from imdc.kernels import reference
 from imdc.kernels._launch import Config, target_of
 from imdc.kernels.key_mass import key_mass, plan_key_mass
-from imdc.kernels.limits import POOLINGS
+from imdc.kernels.limits import LEAST_REST, OUTPUT_CHANGE, POOLINGS, SCORINGS
 
 RAGGED = Case(1, 2, 4, 50, 117, 64)
 # Layers with a sliding window are not scored.
@@ -36,35 +37,74 @@ def options(case: Case) -> dict[str, Any]:
     return {"scale": case.logits["scale"], "softcap": case.softcap}
 
 
-def check(case: Case, dtype: torch.dtype, rows: int, layout: Any = None, stride: int = 1) -> None:
+def check(
+    case: Case, dtype: torch.dtype, rows: int, layout: Any = None, stride: int = 1, scoring: str = "attention"
+) -> None:
     q, k, v = case.tensors(dtype)
-    lse = attention_oracle(q, k, v, **case.logits)[1].float()
+    out, lse = attention_oracle(q, k, v, **case.logits)
+    out, lse, layout = out.to(dtype), lse.float(), layout or (lambda x: x)
+    changed = {"v": v, "out": out} if scoring == OUTPUT_CHANGE else {}
     with poisoned_memory():
-        mass = key_mass(q, k if layout is None else layout(k), lse, rows=rows, stride=stride, **options(case))
+        given = {name: layout(x) for name, x in changed.items()}
+        mass = key_mass(q, layout(k), lse, rows=rows, stride=stride, **given, **options(case))
     assert mass.dtype == torch.float32
-    truth = mass_of(q.double(), k.double(), rows=rows, stride=stride, **case.logits)
+    truth = mass_of(q.double(), k.double(), rows=rows, stride=stride, **changed, **case.logits)
     # Products of 16-bit numbers are exact in float32, in which the kernel sums them: so does its rival.
-    rivals = masses_in_several_orders(case, q, k, lse, rows=rows, stride=stride)
+    rivals = masses_in_several_orders(case, q, k, lse, rows=rows, stride=stride, **changed)
     assert_near(mass, truth, rivals, factor=4.0, softcap=case.softcap)
-    plain = reference.key_mass(q.float(), k.float(), lse, rows=rows, stride=stride, **options(case))
+    plain = reference.key_mass(q.float(), k.float(), lse, rows=rows, stride=stride, **changed, **options(case))
     assert_near(plain, truth, rivals, factor=4.0, softcap=case.softcap)
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("case", SCORED, ids=str)
-def test_last_rows_agree_with_float64(case: Case) -> None:
-    check(case, torch.bfloat16, rows=min(case.queries, 9))
+def test_last_rows_agree_with_float64(case: Case, scoring: str) -> None:
+    check(case, torch.bfloat16, rows=min(case.queries, 9), scoring=scoring)
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SCORED[:3], ids=str)
-def test_all_rows_agree_with_float64(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype, rows=case.queries)
+def test_all_rows_agree_with_float64(case: Case, dtype: torch.dtype, scoring: str) -> None:
+    check(case, dtype, rows=case.queries, scoring=scoring)
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("stride", [2, 4, 9, 1000])
 @pytest.mark.parametrize("case", SCORED[:4], ids=str)
-def test_every_nth_row_votes(case: Case, stride: int) -> None:
-    check(case, torch.bfloat16, rows=case.queries, stride=stride)
+def test_every_nth_row_votes(case: Case, stride: int, scoring: str) -> None:
+    check(case, torch.bfloat16, rows=case.queries, stride=stride, scoring=scoring)
+
+
+def test_the_change_of_the_output_is_what_leaving_the_key_out_changes() -> None:
+    """Each key is left out by hand, and the softmax over the others taken anew."""
+    q, k, v = RAGGED.tensors(torch.float32)
+    q = q / 4  # no key gets nearly all attention
+    out, lse = attention_oracle(q, k, v, **RAGGED.logits)
+    rows = 9
+    found = key_mass(q, k, lse.float(), rows=rows, v=v, out=out.float(), **options(RAGGED))
+    table = logits_of(q.double(), k.double(), **RAGGED.logits)[:, :, -rows:]
+    values = v.double().repeat_interleave(RAGGED.group, dim=1)
+    assert table.softmax(-1).max() < 1 - LEAST_REST
+    for key in (0, 7, 50, 107, 112):  # the last of them is not seen by every row
+        without = table.clone()
+        without[..., key] = float("-inf")
+        changes = (without.softmax(-1) @ values - out[:, :, -rows:]).square().sum(-1)
+        seeing = min(rows, RAGGED.keys - key)
+        expected = changes[..., -seeing:].unflatten(1, (RAGGED.kv_heads, RAGGED.group)).mean(dim=(2, 3))
+        torch.testing.assert_close(found[..., key].double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_key_with_nearly_all_attention_counts_by_its_value() -> None:
+    """Between an output in 16 bits and nearly the same value there is only rounding, which a share would blow up."""
+    q, k, v = (torch.zeros(1, 1, n, 16, device=DEVICE, dtype=torch.bfloat16) for n in (1, 40, 40))
+    q[..., 0], k[:, :, 7, 0] = 4.0, 10.0
+    v += torch.linspace(1, 2, 16, device=DEVICE)
+    v[:, :, 7] *= 3.0
+    out, lse = reference.chunk_attention(q, k, v, scale=1.0)
+    mass = key_mass(q, k, lse, scale=1.0, rows=1, v=v, out=out)
+    assert mass.argmax() == 7
+    torch.testing.assert_close(mass[0, 0, 7], v[0, 0, 7].float().square().sum(), rtol=1e-5, atol=0.0)
 
 
 def test_a_stride_is_unbiased() -> None:
@@ -83,23 +123,28 @@ def test_a_stride_is_unbiased() -> None:
     torch.testing.assert_close(torch.stack(begun).mean(dim=0), whole, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("blocks", [(64, 128), (64, 64), (16, 32)], ids=str)
 @pytest.mark.parametrize("case", SCORED[:3], ids=str)
-def test_blocks_of_production_agree_with_float64(case: Case, blocks: tuple[int, int]) -> None:
+def test_blocks_of_production_agree_with_float64(case: Case, blocks: tuple[int, int], scoring: str) -> None:
     q, k, v = case.tensors(torch.bfloat16)
-    lse = attention_oracle(q, k, v, **case.logits)[1].float()
+    out, lse = attention_oracle(q, k, v, **case.logits)
+    out, lse = out.to(q.dtype), lse.float()
     rows, mass = case.queries, torch.full((case.batch, case.kv_heads, case.keys), float("nan"), device=DEVICE)
     config = Config(*blocks, num_warps=8, num_stages=1)
+    changed = {"v": v, "out": out} if scoring == OUTPUT_CHANGE else {}
     plan_key_mass(
-        q, k, lse, mass, rows=rows, **options(case), target=target_of(q.device), config=config
+        q, k, v, out, lse, mass,
+        rows=rows, scoring=scoring, **options(case), target=target_of(q.device), config=config,
     ).run(q.device)  # fmt: skip
-    truth = mass_of(q.double(), k.double(), rows=rows, **case.logits)
-    assert_near(mass, truth, masses_in_several_orders(case, q, k, lse, rows=rows), factor=4.0)
+    truth = mass_of(q.double(), k.double(), rows=rows, **changed, **case.logits)
+    assert_near(mass, truth, masses_in_several_orders(case, q, k, lse, rows=rows, **changed), factor=4.0)
 
 
 @pytest.mark.parametrize("layout", [lambda k: inside_workspace(k, 200), unaligned], ids=["workspace", "unaligned"])
-def test_reads_slices_and_nothing_beside_them(layout: Any) -> None:
-    check(RAGGED, torch.bfloat16, rows=16, layout=layout)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_reads_slices_and_nothing_beside_them(layout: Any, scoring: str) -> None:
+    check(RAGGED, torch.bfloat16, rows=16, layout=layout, scoring=scoring)
 
 
 def test_one_observer_hands_out_all_of_its_attention() -> None:
@@ -175,6 +220,8 @@ def assert_pooled(pooled: torch.Tensor, scores: torch.Tensor, width: int, poolin
         ({"pooling": "mean"}, r"pooling = 'mean': must be one of 'max', 'avg'"),
         ({"lse": torch.zeros(1, 4, 6)}, r"lse\.shape = \[1, 4, 6\]: must be \[1, 4, 5\]"),
         ({"lse": torch.zeros(1, 4, 5, dtype=torch.float64)}, r"lse\.dtype = torch\.float64"),
+        ({"v": torch.zeros(1, 2, 9, 16, device=DEVICE)}, r"out = None: must be given"),
+        ({"out": torch.zeros(1, 4, 5, 16, device=DEVICE)}, r"v = None: must be given"),
         ({"scale": -1.0}, r"scale = -1\.0"),
         ({"softcap": float("inf")}, r"softcap = inf"),
     ],

@@ -99,9 +99,9 @@ def test_programs_are_counted_where_the_grid_has_room() -> None:
     written, rules = Written(lse, ranks, indices, kept, kept), Rules(scale=1.0, keep=40, rows=1, scored_keys=64)
     for launch in (
         plan_chunk_attention(wide, wide, wide, wide, lse, window=None, target=chip, **logits),
-        plan_key_mass(wide, wide, lse, lse, rows=1, target=chip, **logits),
+        plan_key_mass(wide, wide, wide, wide, lse, lse, rows=1, target=chip, **logits),
         plan_fused_step(wide, wide, wide, wide, wide, written, rules, attention_config(wide, wide, wide, chip)),
-        plan_compress(wide, wide, wide, wide, lse, written, rules, Config(16, 64, 4, 1)),
+        plan_compress(wide, wide, wide, wide, wide, lse, written, rules, Config(16, 64, 4, 1)),
         plan_select(lse, indices, sink_tokens=0, recent_tokens=0),
         plan_compact(wide, wide, indices, kept, kept),
         plan_rotate(wide, cos, cos, wide),

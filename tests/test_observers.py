@@ -27,19 +27,20 @@ def observation(
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(B, HQ, chunk + tail, D, generator=generator)
     k, v = (torch.randn(B, HKV, memory + chunk + tail, D, generator=generator) for _ in range(2))
-    _, lse = backend.chunk_attention(q, k, v, scale=0.25)
+    out, lse = backend.chunk_attention(q, k, v, scale=0.25)
     config = PrefillConfig(
         **{"observer": observer, "observation_tokens": 4, "memory_tokens": 16, "sink_tokens": 2, "recent_tokens": 2},
-        **{"pool_kernel": 1, **pooled},
+        **{"pool_kernel": 1, "scoring": "attention", **pooled},
     )
     return Observation(
-        q=q, k=k, v=v, lse=lse, scale=0.25, softcap=None, chunk_tokens=chunk, tail_rows=tail, layer=1, step=2,
+        q=q, k=k, v=v, out=out, lse=lse, scale=0.25, softcap=None, chunk_tokens=chunk, tail_rows=tail, layer=1, step=2,
         config=config, backend=backend,
     )  # fmt: skip
 
 
-def dense_mass(seen: Observation, rows: int, stride: int = 1) -> torch.Tensor:
-    """The definition, head by head and key by key, from the whole attention matrix in float64."""
+def dense_mass(seen: Observation, rows: int, stride: int = 1, *, changes: bool = False) -> torch.Tensor:
+    """The definition, head by head and key by key, in float64: from the whole attention matrix, or with `changes` from
+    the outputs with each key left out."""
     queries, keys = seen.q.shape[2], seen.k.shape[2]
     group = HQ // HKV
     mass = torch.zeros(B, HKV, seen.scored_keys, dtype=torch.float64)
@@ -51,7 +52,10 @@ def dense_mass(seen: Observation, rows: int, stride: int = 1) -> torch.Tensor:
                     visible = keys - queries + i + 1
                     if j < visible:
                         logits = seen.k[0, kv_head, :visible].double() @ seen.q[0, head, i].double() * seen.scale
-                        found.append(logits.softmax(0)[j])
+                        others = torch.arange(visible) != j
+                        values = seen.v[0, kv_head, :visible].double()
+                        out, without = logits.softmax(0) @ values, logits[others].softmax(0) @ values[others]
+                        found.append((out - without).square().sum() if changes else logits.softmax(0)[j])
             mass[0, kv_head, j] = torch.stack(found).mean() if found else 0.0
     return mass
 
@@ -67,6 +71,14 @@ def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
     seen = observation(observer, backend, tail=tail)
     scores = find_observer(observer).score(seen)
     torch.testing.assert_close(scores.double(), dense_mass(seen, rows), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, SDPA], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(("observer", "tail", "rows"), [("prompt_tail", 4, 4), ("window", 0, 4), ("all_queries", 0, 12)])
+def test_change_is_that_of_the_outputs_without_the_key(backend: Backend, observer: str, tail: int, rows: int) -> None:
+    seen = observation(observer, backend, tail=tail, scoring="output_change")
+    scores = find_observer(observer).score(seen)
+    torch.testing.assert_close(scores.double(), dense_mass(seen, rows, changes=True), atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [2, 4, 5, 30])

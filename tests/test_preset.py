@@ -25,6 +25,7 @@ WRITTEN_OUT: dict[str, Any] = {
     "balance": "tokens",
     "initial_memory": "per_step",
     "observer": "all_queries",
+    "scoring": "attention",
     "pooling": "avg",
     "pool_kernel": 5,
     "sink_tokens": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from imdc.kernels.limits import (
+    OUTPUT_CHANGE,
     StepSizes,
     attention_rows,
     compression_in_one_launch,
@@ -65,7 +66,10 @@ def scoring_bytes(work: Work, candidates: int, tail: int, voting_rows: int) -> i
     mass = 4 * shape.kv_heads * total
     if not work.observing_rows or work.backend in KERNELS:
         return max(scratch, 2 * mass) if scratch and not work.observing_rows else 2 * mass + scratch
-    return scratch + mass + 4 * total + _float_copy(shape, total) + _score_blocks(shape, voting_rows, total)
+    blocks = _score_blocks(shape, voting_rows, total)
+    if work.config.scoring == OUTPUT_CHANGE:
+        blocks = max(blocks, _change_blocks(shape, voting_rows, total))
+    return scratch + mass + 4 * total + _float_copy(shape, total) + blocks
 
 
 def compression_bytes(work: Work, layers: Layers) -> int:
@@ -85,6 +89,7 @@ def compression_bytes(work: Work, layers: Layers) -> int:
             observers=work.observing_rows,
             keep=layers.after,
             pool_kernel=work.config.pool_kernel,
+            scoring=work.config.scoring,
         )
         chip = (major, machine.multiprocessors)
         fed = major == 0 or (shape.dtype_bytes == 2 and shape.head_dim % 16 == 0)
@@ -117,3 +122,10 @@ def _score_blocks(shape: ModelShape, rows: int, keys: int) -> int:
     block = rows_per_block(rows, group * keys)
     count = (1 if block == rows and shape.kv_heads == 1 else 2) + shape.softcap
     return block * keys * (4 * group * count + 2)
+
+
+def _change_blocks(shape: ModelShape, rows: int, keys: int) -> int:
+    """Bytes of the blocks in which they turn attention into changes of the output: two, a mask, lengths, outputs."""
+    group = shape.q_heads // shape.kv_heads
+    block = rows_per_block(rows, group * keys)
+    return block * keys * (9 * group + 1) + 4 * keys + group * _float_copy(shape, block)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
+from imdc.kernels.limits import OUTPUT_CHANGE
 from imdc.prefill.backends import Backend
 from imdc.schedule import observing_rows
 
@@ -20,6 +21,7 @@ class Observation:
         q: queries [1, Hq, Q, D]: the chunk, then the tail rows that ride along.
         k: keys [1, Hkv, T, D]: memory | chunk | tail rows.
         v: values [1, Hkv, T, D].
+        out: outputs of the attention, as `q`.
         lse: log-sum-exp of the logits, float32 [1, Hq, Q].
         scale: factor on the logits.
         softcap: cap of the logits, or None.
@@ -34,6 +36,7 @@ class Observation:
     q: Tensor
     k: Tensor
     v: Tensor
+    out: Tensor
     lse: Tensor
     scale: float
     softcap: float | None
@@ -49,6 +52,10 @@ class Observation:
         """Keys of memory | chunk, the candidates."""
         return self.k.shape[2] - self.tail_rows
 
+    def scores(self) -> Tensor:
+        """What the config asks for: `mass`, or `output_change`."""
+        return self.output_change() if self.config.scoring == OUTPUT_CHANGE else self.mass()
+
     def mass(self) -> Tensor:
         """Attention mass of the candidates, pooled as the config says, float32 [1, Hkv, scored_keys].
 
@@ -58,6 +65,19 @@ class Observation:
         Raises:
             ConfigError: the observer names no queries.
         """
+        return self._seen_by_voters()
+
+    def output_change(self) -> Tensor:
+        """By how much the outputs of these queries would change without each candidate, pooled, shape as `mass`.
+
+        See `imdc.kernels.reference.key_mass` (CAOTE, arXiv 2504.14051).
+
+        Raises:
+            ConfigError: the observer names no queries.
+        """
+        return self._seen_by_voters(v=self.v, out=self.out)
+
+    def _seen_by_voters(self, **values: Tensor) -> Tensor:
         rows = observing_rows(self.config, self.chunk_tokens, self.tail_rows)
         if rows is None:
             raise ConfigError(
@@ -75,4 +95,5 @@ class Observation:
             softcap=self.softcap,
             pool_kernel=self.config.pool_kernel,
             pooling=self.config.pooling,
+            **values,
         )

@@ -112,6 +112,7 @@ class StepRun:
                 recent_tokens=config.recent_tokens,
                 pool_kernel=config.pool_kernel,
                 pooling=config.pooling,
+                scoring=config.scoring,
                 softcap=softcap,
                 kept_k=keys,
             )
@@ -125,7 +126,7 @@ class StepRun:
             out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
         else:
             out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
-            seen = self._observation(layer, q, turned, values, lse, self.step.chunk_tokens, self.tail_rows, options)
+            seen = self._observation(layer, q, turned, values, out, lse, self.step.chunk_tokens, self.tail_rows, options)
             scores = self.tools.observer.score(seen) if drops else None
             del lse, seen
         # Rotated copies have served, and a step's peak may lie in what follows.
@@ -225,7 +226,7 @@ class StepRun:
             out, lse = attend(asked, k[:, :, :end], v[:, :, :end], window=window, **options)
             outputs.append(out)
             if drops:
-                seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], lse, 0, rows, options)
+                seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], out, lse, 0, rows, options)
                 found = self.tools.observer.score(seen)
                 scores = found if scores is None else torch.maximum(scores, found)
             first += rows
@@ -237,6 +238,7 @@ class StepRun:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        out: Tensor,
         lse: Tensor,
         chunk_tokens: int,
         tail_rows: int,
@@ -246,6 +248,7 @@ class StepRun:
             q=q,
             k=k,
             v=v,
+            out=out,
             lse=lse,
             **options,
             chunk_tokens=chunk_tokens,
