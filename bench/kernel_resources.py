@@ -125,7 +125,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
                 continue  # never launched, see `compress_step`
             kept = _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
             written = Written(mass, ranks, _ghost(1, KV_HEADS, KEEP, dtype=torch.int64), kept, kept)
-            sizes = StepSizes(1, q.shape[1], KV_HEADS, QUERIES, KEYS, dim, 2, observers=16, keep=KEEP, pool_kernel=15)
+            rows = 16
             # The product's registers, which groups and caps change, are free again when scores are pooled.
             ways = [(scoring, POOLINGS[0]) for scoring in SCORINGS]
             if group == 4 and options["softcap"] is None:
@@ -133,11 +133,13 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             for scoring, pooling in ways:
                 name = f"{case} {scoring} {pooling}"
                 kinds: dict[str, Any] = {"pooling": pooling, "scoring": scoring}
-                rules = Rules(keep=KEEP, rows=16, scored_keys=KEYS, pool_kernel=15, **kinds, **logits)
-                if fused_step_fits(dim, 2, target.major):
+                rules = Rules(keep=KEEP, rows=rows, scored_keys=KEYS, pool_kernel=15, **kinds, **logits)
+                if fused_step_fits(dim, 2, target.major, scoring):
                     blocks = attention_config(q, k, k, target)
                     yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
-                blocks = compression_config(q, k, sizes, target)
+                heads = (1, q.shape[1], KV_HEADS)
+                sizes = StepSizes(*heads, QUERIES, KEYS, dim, 2, rows, KEEP, pool_kernel=15, scoring=scoring)
+                blocks = compression_config(q, k, k, sizes, target)
                 yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)

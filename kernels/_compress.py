@@ -32,6 +32,7 @@ from ._launch import INTERPRETED, strided
 from .limits import OUTPUT_CHANGE, SCORINGS, TILE
 
 INTERPRETED_TILE = 64  # small enough that small tests take several
+CHANGE_COLUMNS = 64  # keys at most whose products and those of whose values a program holds at a time
 MOVED_BYTES = 32768  # of keys, and as many of values, that a program moves at a time
 
 
@@ -102,7 +103,7 @@ def _weigh_keys(
 ):  # fmt: skip
     """Mass of every scored key from the rows b_q; `b_lse`, to base 2, is infinite for rows that do not vote.
 
-    With CHANGES the squared change of their outputs b_out without the key; `v` is a pointer to the head's first value.
+    With CHANGES the squared change of their outputs b_out without the key.
 
     The observers are the last queries of the block, and every `every`-th of them votes, counted from the last.
     """
@@ -119,7 +120,8 @@ def _weigh_keys(
             b_s, factor = exponents(widened(b_k, UPCAST), b_q, scale, softcap, HAS_SOFTCAP, UPCAST)
             b_p = tl.exp2(b_s * factor - b_lse[None, :])
             if CHANGES:
-                b_v = load_block(v, stride_vt, i_b, i_h, i_n, scored, D, BLOCK_D, BLOCK_N, MASKED, False)
+                # After the first product, as in `_attend_range`.
+                b_v = load_block(v, stride_vt, i_b, i_h, i_n, scored, D, BLOCK_D, BLOCK_N, MASKED, DESCRIPTORS)
                 b_p = squared_changes(b_p, b_v, b_out, UPCAST)
             if MASKED:
                 b_p = tl.where(o_n[:, None] <= past + o_row[None, :], b_p, 0.0)
@@ -151,7 +153,7 @@ def _refine(ranks, scored, threshold, wanted, SHIFT: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def compress_head(
-    b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
+    b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, v, stride_vt, observers, every, keys, scale, softcap,
     source_k, stride_sb, stride_sh, stride_st,
     source_v, stride_ub, stride_uh, stride_ut,
     mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
@@ -161,7 +163,8 @@ def compress_head(
 ):  # fmt: skip
     """From the rows b_q of one KV head, the `i_row`-th of all, to what is kept of its keys: all by one program.
 
-    `b_out`, their outputs, and `b_lse` are as in `_weigh_keys`, and `k` a descriptor of all heads or a pointer to the head's first row.
+    `b_out`, their outputs, and `b_lse` are as in `_weigh_keys`; `k` and `v` are descriptors of all heads or pointers to
+    the head's first row.
     """
     i_b = tl.cast(i_row // kv_heads, tl.int64)
     i_h = tl.cast(i_row % kv_heads, tl.int64)
@@ -173,7 +176,7 @@ def compress_head(
     new_k += i_row * tl.cast(keep, tl.int64) * D
     new_v += i_row * tl.cast(keep, tl.int64) * D
     _weigh_keys(
-        b_q, b_out, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, source_v, stride_ut,
+        b_q, b_out, b_lse, i_row // kv_heads, i_row % kv_heads, k, stride_kt, v, stride_vt,
         mass, observers, every, keys, scored, scale, softcap,
         GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, CHANGES=CHANGES,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks
+from ._compress import CHANGE_COLUMNS, Rules, Written, compress_head, compression_arguments, compression_blocks
 from ._device import LOG2E, widened
 from ._launch import (
     INTERPRETER,
@@ -35,7 +35,7 @@ from ._launch import (
 )
 from .compact import plan_compact
 from .key_mass import plan_key_mass
-from .limits import StepSizes, compression_in_one_launch, compression_rows, power_of_two
+from .limits import OUTPUT_CHANGE, StepSizes, compression_in_one_launch, compression_rows, power_of_two
 from .select import plan_select
 
 
@@ -49,6 +49,7 @@ from .select import plan_select
 def _compress_kernel(
     q, stride_qb, stride_qh, stride_qq,
     k, stride_kb, stride_kh, stride_kt,
+    v, stride_vb, stride_vh, stride_vt,
     out, stride_ob, stride_oh, stride_oq,
     lse, stride_lb, stride_lh,
     source_k, stride_sb, stride_sh, stride_st,
@@ -76,6 +77,7 @@ def _compress_kernel(
     lse += i_b * stride_lb + i_h * GROUP * stride_lh + first_query
     if not DESCRIPTORS:
         k += i_b * stride_kb + i_h * stride_kh
+        v += i_b * stride_vb + i_h * stride_vh
     p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
     b_q = widened(tl.load(p_q, mask=m_votes[:, None] & (o_d < D)[None, :], other=0.0), UPCAST)
     b_out = b_q
@@ -86,7 +88,7 @@ def _compress_kernel(
     # An infinite log-sum-exp gives the rows that do not vote a probability of zero.
     b_lse = tl.load(lse + o_query + o_head * stride_lh, mask=m_votes, other=float("inf")) * LOG2E
     compress_head(
-        b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, observers, every, keys, scale, softcap,
+        b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, v, stride_vt, observers, every, keys, scale, softcap,
         source_k, stride_sb, stride_sh, stride_st,
         source_v, stride_ub, stride_uh, stride_ut,
         mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
@@ -96,14 +98,16 @@ def _compress_kernel(
     )  # fmt: skip
 
 
-def compression_config(q: Tensor, k: Tensor, sizes: StepSizes, target: Target) -> Config:
+def compression_config(q: Tensor, k: Tensor, v: Tensor, sizes: StepSizes, target: Target) -> Config:
     """The blocks of the one launch that compresses: all observers of a KV head, and a block of keys."""
     rows = compression_rows(sizes)
     if target == INTERPRETER:
-        return Config(rows, 32, num_warps=4, num_stages=1, descriptors=aligned(k))
+        return Config(rows, 32, num_warps=4, num_stages=1, descriptors=aligned(k) and aligned(v))
     # On Blackwell a block of 128 keys puts some registers on the stack.
     columns = 64 if power_of_two(q.shape[3], least=16) > 128 or target.major == 10 else 128
-    return Config(rows, columns, num_warps=8, num_stages=2, descriptors=target.copies_tensors)
+    if sizes.scoring == OUTPUT_CHANGE:
+        columns = min(columns, CHANGE_COLUMNS)
+    return Config(rows, columns, num_warps=8, num_stages=2, descriptors=target.copies_tensors and aligned(v))
 
 
 def plan_compress(
@@ -132,15 +136,14 @@ def plan_compress(
     """
     logits = logit_arguments(q, k, config, scale=rules.scale, softcap=rules.softcap)
     block_d = logits["BLOCK_D"]
+    passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
     return Launch(
         kernel=_compress_kernel,
         grid=(k.shape[0] * k.shape[1],),
         arguments={
             **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
-            **strided(
-                *("k", k, ("stride_kb", "stride_kh", "stride_kt")),
-                passed=descriptor(k, config.columns, block_d) if config.descriptors else k,
-            ),
+            **strided("k", k, ("stride_kb", "stride_kh", "stride_kt"), passed_k),
+            **strided("v", v, ("stride_vb", "stride_vh", "stride_vt"), passed_v),
             **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
             **strided("lse", lse, ("stride_lb", "stride_lh")),
             **compression_arguments(source_k, v, written, rules),
@@ -192,7 +195,7 @@ def plan_compression(
         target: the chip.
     """
     if one_launch_pays(q, k, sizes, target):
-        config = compression_config(q, k, sizes, target)
+        config = compression_config(q, k, v, sizes, target)
         return (plan_compress(q, k, v, source_k, out, lse, written, rules, config),)
     logits: dict[str, Any] = {"scale": rules.scale, "softcap": rules.softcap}
     forced: dict[str, Any] = {"sink_tokens": rules.sink_tokens, "recent_tokens": rules.recent_tokens}

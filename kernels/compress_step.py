@@ -43,7 +43,7 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 
 def one_launch_pays(q: Tensor, k: Tensor, sizes: StepSizes, config: Config, target: Target) -> bool:
     """Whether to take one launch, see `kernels/limits.py`. Only for tensors that load in whole vectors."""
-    fed = target == INTERPRETER or (aligned(k) and fused_step_fits(sizes.dim, sizes.element_size, target.major))
+    fed = target == INTERPRETER or (aligned(k) and fused_step_fits(sizes.dim, sizes.element_size, target.major, sizes.scoring))
     return fed and step_in_one_launch(sizes, config.rows, target.major, target.multiprocessors)
 
 
@@ -172,7 +172,7 @@ def compress_step(
         library=forward is not None,
         target=common_target(q=q, k=k, v=v, kept_k=source_k),
     )
-    tensors = {"q": q, "k": k, "v": v, "source_k": source_k, "source_v": v}
+    tensors = {"q": q, "k": k, "v": v, "source_k": source_k, "source_v": v, "scored_k": k, "scored_v": v}
     if forward is not None:
         # Before anything else is allocated: what the library needs besides is gone when it returns.
         out, lse = forward(q, k, v, scale=scale, softcap=softcap)

@@ -23,9 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import attend
-from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks
+from ._compress import CHANGE_COLUMNS, Rules, Written, compress_head, compression_arguments, compression_blocks
 from ._device import rounded, widened
 from ._launch import Config, Launch, descriptor, logit_arguments, strided
+from .limits import OUTPUT_CHANGE
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -39,6 +40,7 @@ def _fused_step_kernel(
     q, stride_qb, stride_qh, stride_qq,
     k, stride_kb, stride_kh, stride_kt,
     v, stride_vb, stride_vh, stride_vt,
+    scored_k, scored_v,
     out, stride_ob, stride_oh, stride_oq,
     source_k, stride_sb, stride_sh, stride_st,
     source_v, stride_ub, stride_uh, stride_ut,
@@ -46,7 +48,7 @@ def _fused_step_kernel(
     queries, keys, kv_heads, kv_rows, observers, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr, CHANGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr, AVERAGE: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     i_row = tl.program_id(0) % kv_rows
@@ -65,6 +67,8 @@ def _fused_step_kernel(
     if not DESCRIPTORS:
         k += i_b * stride_kb + i_h * stride_kh
         v += i_b * stride_vb + i_h * stride_vh
+        scored_k += i_b * stride_kb + i_h * stride_kh
+        scored_v += i_b * stride_vb + i_h * stride_vh
     out += i_b * stride_ob + i_h * GROUP * stride_oh + first_query * tl.cast(stride_oq, tl.int64)
 
     p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
@@ -83,11 +87,11 @@ def _fused_step_kernel(
         m_observer = (o_query >= QUERIES - observers) & (o_m < QUERIES * GROUP)
         b_lse = tl.where(m_observer, b_max + tl.log2(b_sum), float("inf"))
         compress_head(
-            b_q, b_out, b_lse, i_row, kv_heads, k, stride_kt, observers, 1, keys, scale, softcap,
+            b_q, b_out, b_lse, i_row, kv_heads, scored_k, stride_kt, scored_v, stride_vt, observers, 1, keys, scale, softcap,
             source_k, stride_sb, stride_sh, stride_st,
             source_v, stride_ub, stride_uh, stride_ut,
             mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,
-            GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            GROUP=GROUP, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_S,
             HAS_SOFTCAP=HAS_SOFTCAP, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST,
             BLOCK_T=BLOCK_T, TILE=TILE, AVERAGE=AVERAGE, CHANGES=CHANGES,
         )  # fmt: skip
@@ -120,6 +124,9 @@ def plan_fused_step(
     logits = logit_arguments(q, k, config, scale=rules.scale, softcap=rules.softcap)
     block_d = logits["BLOCK_D"]
     passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
+    # Two products at a time need more registers than one.
+    columns = min(config.columns, CHANGE_COLUMNS) if rules.scoring == OUTPUT_CHANGE else config.columns
+    scored_k, scored_v = (descriptor(x, columns, block_d) if config.descriptors else x for x in (k, v))
     return Launch(
         kernel=_fused_step_kernel,
         grid=(batch * kv_heads * triton.cdiv(queries, config.rows // logits["GROUP"]),),
@@ -127,6 +134,8 @@ def plan_fused_step(
             **strided("q", q, ("stride_qb", "stride_qh", "stride_qq")),
             **strided("k", k, ("stride_kb", "stride_kh", "stride_kt"), passed_k),
             **strided("v", v, ("stride_vb", "stride_vh", "stride_vt"), passed_v),
+            "scored_k": scored_k,
+            "scored_v": scored_v,
             **strided("out", out, ("stride_ob", "stride_oh", "stride_oq")),
             **compression_arguments(source_k, v, written, rules),
             "queries": queries,
@@ -136,6 +145,7 @@ def plan_fused_step(
             "observers": rules.rows,
             **logits,
             "DESCRIPTORS": config.descriptors,
+            "BLOCK_S": columns,
             **compression_blocks(block_d, q.element_size(), rules),
         },
         num_warps=config.num_warps,

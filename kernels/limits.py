@@ -62,12 +62,15 @@ def attention_rows(head_dim: int, major: int) -> int:
     return 64 if head_dim > 128 and major not in COPYING_MAJORS else 128
 
 
-def fused_step_fits(head_dim: int, element_size: int, major: int) -> bool:
+def fused_step_fits(head_dim: int, element_size: int, major: int, scoring: str) -> bool:
     """Whether the compiler has registers enough for one kernel that does a whole step.
 
     Not in float32, and where keys come by addresses only for head sizes that need no mask: with 96 on sm_80 it spills.
+    Neither on sm_100 with large heads where changes of the output are scored.
     """
-    return element_size == 2 and (major in COPYING_MAJORS or head_dim == power_of_two(head_dim))
+    if element_size != 2 or (major == 10 and scoring == OUTPUT_CHANGE and head_dim > 64):
+        return False
+    return major in COPYING_MAJORS or head_dim == power_of_two(head_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from imdc.kernels import compress
 from imdc.kernels._launch import target
 from imdc.kernels.chunk_attention import attention_config
 from imdc.kernels.compress_step import one_launch_pays
-from imdc.kernels.limits import StepSizes, attention_rows, compression_in_one_launch
+from imdc.kernels.limits import OUTPUT_CHANGE, StepSizes, attention_rows, compression_in_one_launch
 
 
 # Llama-3.1-8B on an H100: a chunk of one wave of programs would wait for the owners, one of eight waves hides them.
@@ -42,20 +42,26 @@ def test_one_launch_is_taken_where_the_owners_are_done_first(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "padding", "dim", "major"),
-    [(torch.float32, 0, 128, 9), (torch.bfloat16, 4, 128, 9), (torch.bfloat16, 0, 96, 8)],
-    ids=["float32", "unaligned", "masked addresses"],
+    ("dtype", "padding", "dim", "major", "scoring"),
+    [
+        (torch.float32, 0, 128, 9, "attention"),
+        (torch.bfloat16, 4, 128, 9, "attention"),
+        (torch.bfloat16, 0, 96, 8, "attention"),
+        (torch.bfloat16, 0, 128, 10, OUTPUT_CHANGE),
+    ],
+    ids=["float32", "unaligned", "masked addresses", "two products"],
 )
 def test_one_launch_is_not_taken_where_its_code_would_spill(
-    dtype: torch.dtype, padding: int, dim: int, major: int
+    dtype: torch.dtype, padding: int, dim: int, major: int, scoring: str
 ) -> None:
     q = torch.empty(1, 32, 4096, dim, dtype=dtype, device="meta")
     k = torch.empty(1, 8, 8192, dim + padding, dtype=dtype, device="meta")[..., :dim]
     chip = target(major, 0)
-    sizes = StepSizes(1, 32, 8, 4096, 8192, dim, dtype.itemsize, observers=1, keep=4096, pool_kernel=15)
+    sizes = StepSizes(1, 32, 8, 4096, 8192, dim, dtype.itemsize, 1, keep=4096, pool_kernel=15, scoring=scoring)
     assert not one_launch_pays(q, k, sizes, attention_config(q, k, k, chip), chip)
     small = replace(sizes, keys=512, keep=256)
-    assert compress.one_launch_pays(q, k, small, chip) == (dim == 96)
+    # The launch that only compresses has no such limits but 16 bits and whole vectors.
+    assert compress.one_launch_pays(q, k, small, chip) == (dtype.itemsize == 2 and padding == 0)
 
 
 # Of Qwen2.5-0.5B's heads and Llama-3.1-8B's on an H100: the gaps between launches outweigh a short chain only.
