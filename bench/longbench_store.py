@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
 
 try:
@@ -72,6 +73,8 @@ class Store:
             StoreError: they differ; nothing is ever mixed or overwritten.
         """
         path = self.folder / "settings.json"
+        # What no command names decides too, and changes with the version.
+        settings = settings | {f"default {name}": value for name, value in PrefillConfig().as_dict().items()}
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         try:
             # Whole or not at all, also where several processes begin at once.

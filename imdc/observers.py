@@ -72,7 +72,8 @@ class Observer:
 class AttentionObserver(Observer):
     """Scores by the attention of the observing queries: what a key gets of it, or what their outputs owe to the key.
 
-    The option `scoring` says which; see `imdc.kernels.reference.key_mass`. The last `observation_tokens` queries of the chunk vote.
+    The option `scoring` says which; see `imdc.kernels.reference.key_mass`. The last `observation_tokens` queries of the
+    chunk vote.
     """
 
     def queries(self, config: PrefillConfig, chunk_tokens: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Sizes at the edge: bytes and token counts as people write them. Inside imdc, sizes are plain ints in bytes.
+"""Sizes at the edge: bytes, token counts and lists as people write and read them. Inside imdc, sizes are plain ints.
 
 "KiB", "MiB", "GiB", "TiB" are powers of 1024; "KB", "MB", "GB", "TB" are powers of 1000. Token counts take "k" and
 "M" as 1,000 and 1,000,000, and "Ki" and "Mi" as 1,024 and 1,048,576.
@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from imdc.errors import ConfigError
+
+Item = TypeVar("Item")
 
 MIB = 2**20
 GIB = 2**30
@@ -89,3 +92,12 @@ def format_percent(share: float) -> str:
 def format_tokens(count: int) -> str:
     """A token count with thousands separators."""
     return f"{count:,}"
+
+
+def ends_of(items: Sequence[Item], most: int) -> list[tuple[int, Item] | None]:
+    """All items with their numbers from 0, or of more than `most` the first and the last ones around a None."""
+    numbered = list(enumerate(items))
+    if len(numbered) <= most:
+        return list(numbered)
+    half = most // 2
+    return [*numbered[:half], None, *numbered[-half:]]

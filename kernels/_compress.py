@@ -86,7 +86,7 @@ def compression_arguments(source_k: Tensor, source_v: Tensor, written: Written, 
 
 
 def compression_blocks(block_d: int, element_size: int, rules: Rules) -> dict[str, Any]:
-    """Constants, in order, of such a kernel: what a program moves and looks through at a time, how it scores and pools."""
+    """Constants, in order, of such a kernel: what a program moves and looks through at a time, and how it scores."""
     return {
         "BLOCK_T": 16 if INTERPRETED else MOVED_BYTES // (block_d * element_size),
         "TILE": INTERPRETED_TILE if INTERPRETED else TILE,

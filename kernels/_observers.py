@@ -1,4 +1,4 @@
-"""Device function that sums what observing queries have of a block of keys. Reference: `kernels/reference.py`, `key_mass`."""
+"""Device function that sums what observing queries have of a block of keys; see `kernels/key_mass.py`."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 # Device code gets its types when it is compiled.

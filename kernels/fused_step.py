@@ -87,7 +87,8 @@ def _fused_step_kernel(
         m_observer = (o_query >= QUERIES - observers) & (o_m < QUERIES * GROUP)
         b_lse = tl.where(m_observer, b_max + tl.log2(b_sum), float("inf"))
         compress_head(
-            b_q, b_out, b_lse, i_row, kv_heads, scored_k, stride_kt, scored_v, stride_vt, observers, 1, keys, scale, softcap,
+            b_q, b_out, b_lse, i_row, kv_heads, scored_k, stride_kt, scored_v, stride_vt,
+            observers, 1, keys, scale, softcap,
             source_k, stride_sb, stride_sh, stride_st,
             source_v, stride_ub, stride_uh, stride_ut,
             mass, ranks, indices, new_k, new_v, scored, keep, reach, sink_tokens, recent_tokens,

@@ -16,8 +16,8 @@ POOLINGS = ("max", "avg")
 # What a key's score is: the attention that the observers give it, or what their outputs would change by without it.
 OUTPUT_CHANGE = "output_change"
 SCORINGS = ("attention", OUTPUT_CHANGE)
-# Of a row's attention, what one key must leave to the others for the change to be taken from the output. Where it leaves
-# less the output is nearly the value itself, and their difference nearly all rounding: there the value's length counts.
+# Of a row's attention, what one key must leave to the others for the change to be taken from the output. Where it
+# leaves less, the output is nearly the value itself and their difference nearly all rounding: there the value counts.
 LEAST_REST = 1 / 32
 # Generations with both the bulk tensor copy engine and shared memory enough to feed it.
 COPYING_MAJORS = (9, 10)
@@ -103,7 +103,7 @@ class StepSizes:
         return 2.0 * rows * power_of_two(self.dim, least=16) / flops
 
     def scored(self, rows: int, major: int) -> float:
-        """Clocks in which one program scores all keys: a product with the keys, for changes one more with the values."""
+        """Clocks in which one program scores all keys: one product, and for changes one more with the values."""
         return (2 if self.scoring == OUTPUT_CHANGE else 1) * self.product(rows, major) * self.keys
 
     def read(self, times: int) -> float:
@@ -167,7 +167,9 @@ def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int)
         multiprocessors: of the chip.
     """
     rows = compression_rows(work)
-    if rows > MOST_COMPRESSED_ROWS or work.keep == 0:
+    # Two products of large heads with so many rows do not fit the registers.
+    most = MOST_COMPRESSED_ROWS // (2 if work.scoring == OUTPUT_CHANGE and work.dim > 128 else 1)
+    if rows > most or work.keep == 0:
         return False
     heads = work.batch * work.kv_heads
     scored = work.scored(rows, major)

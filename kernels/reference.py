@@ -107,8 +107,8 @@ def key_mass(
 
     With `v` and `out`, what each output would change by without the key counts instead of the attention p that the key
     gets: without key j, the output o of a row becomes o + p / (1 - p) (o - v[j]), exactly (CAOTE, arXiv 2504.14051).
-    The score is the mean of the squared lengths of these changes; where p leaves less than `LEAST_REST`, |v[j]| is taken
-    for the length.
+    The score is the mean of the squared lengths of these changes; where p leaves less than
+    `imdc.kernels.limits.LEAST_REST`, |v[j]| is taken for the length.
 
     Args:
         q: queries [B, Hq, Q, D]; the observers are the last `rows` of them.

@@ -129,7 +129,10 @@ for memory, chunk, keep, capacity in steps:
         plan_key_mass(q, k, v, out, lse, mass, rows=min(64, chunk), scoring="output_change", target=chip, **logits),
         plan_fused_step(
             q, k, v, k, out, Written(mass, ranks, indices, kept, kept),
-            Rules(rows=min(16, chunk), keep=keep, scored_keys=keys, pool_kernel=15, scoring="output_change", **forced, **logits),
+            Rules(
+                rows=min(16, chunk), keep=keep, scored_keys=keys, pool_kernel=15, scoring="output_change",
+                **forced, **logits,
+            ),
             attention_config(q, k, v, chip),
         ),
         plan_select(mass, indices, **forced),

@@ -173,6 +173,10 @@ def test_a_folder_of_another_run_is_refused(
     changed = shutil.copytree(questions, tmp_path / "questions")
     (changed / "lcc.jsonl").write_text((changed / "lcc.jsonl").read_text().replace("A long", "Another long"))
     settings = json.loads((output / "settings.json").read_text())
+    older = {**settings, "default scoring": "attention"}
+    (output / "settings.json").write_text(json.dumps(older))
+    assert longbench.main(options(tiny_model_dir, questions, output, "--limit", "2")) == 2
+    assert "holds a run with default scoring='attention', not 'output_change'" in capsys.readouterr().err
     (output / "settings.json").write_text(json.dumps({**settings, "data": "questions"}))
     assert longbench.main(options(tiny_model_dir, changed, output, "--limit", "2")) == 2
     assert "holds an answer to another prompt of lcc" in capsys.readouterr().err

@@ -74,7 +74,9 @@ def test_mass_is_the_mean_over_rows_that_see_the_key_and_heads_of_its_own_group(
 
 
 @pytest.mark.parametrize("backend", [REFERENCE, SDPA], ids=lambda backend: backend.name)
-@pytest.mark.parametrize(("observer", "tail", "rows"), [("prompt_tail", 4, 4), ("window", 0, 4), ("all_queries", 0, 12)])
+@pytest.mark.parametrize(
+    ("observer", "tail", "rows"), [("prompt_tail", 4, 4), ("window", 0, 4), ("all_queries", 0, 12)]
+)
 def test_change_is_that_of_the_outputs_without_the_key(backend: Backend, observer: str, tail: int, rows: int) -> None:
     seen = observation(observer, backend, tail=tail, scoring="output_change")
     scores = find_observer(observer).score(seen)

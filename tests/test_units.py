@@ -6,7 +6,7 @@ import pytest
 
 from imdc.errors import ConfigError
 from imdc.planner.gpus import find_gpu
-from imdc.units import format_bytes, format_percent, parse_bytes, parse_tokens
+from imdc.units import ends_of, format_bytes, format_percent, parse_bytes, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,10 @@ def test_gpus_go_by_the_names_people_use(name: str) -> None:
     assert gpu is not None and gpu.name in name.lower()
     assert gpu.least_seconds(gpu.flops, 0) == pytest.approx(1.0)
     assert gpu.least_seconds(0, 2 * gpu.bandwidth) == pytest.approx(2.0)
+
+
+def test_long_lists_show_their_ends_around_a_gap() -> None:
+    assert ends_of("abc", 4) == [(0, "a"), (1, "b"), (2, "c")]
+    assert ends_of("abcd", 4) == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
+    assert ends_of("abcde", 4) == [(0, "a"), (1, "b"), None, (3, "d"), (4, "e")]
+    assert ends_of([], 4) == []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from imdc.units import format_bytes, format_percent, format_tokens
+from imdc.units import ends_of, format_bytes, format_percent, format_tokens
 
 if TYPE_CHECKING:
     from imdc.prefill.recording import ProbeResult
@@ -23,11 +23,11 @@ def steps_table(prefill: MeasuredPrefill, shown: int = 8) -> Table:
     for heading in ("step", "chunk", "memory before", "after", "measured", "predicted", "off by", "seconds"):
         table.add_column(heading, justify="right")
     count = len(prefill.steps)
-    for number, measured in enumerate(prefill.steps):
-        if count > shown and shown // 2 <= number < count - shown // 2:
-            if number == shown // 2:
-                table.add_row(*["..."] * 8)
+    for end in ends_of(prefill.steps, shown):
+        if end is None:
+            table.add_row(*["..."] * 8)
             continue
+        number, measured = end
         step = measured.step
         table.add_row(
             f"{number + 1}/{count}",
@@ -75,11 +75,11 @@ def probe_table(name: str, result: ProbeResult, shown: int = 8) -> Table:
     values = result.to_dict()
     retention, mass = (share.nanmean(dim=1) for share in (result.retention, result.mass_kept))
     count = len(result.steps)
-    for number, step in enumerate(result.steps):
-        if count > shown and shown // 2 <= number < count - shown // 2:
-            if number == shown // 2:
-                table.add_row(*["..."] * 6)
+    for end in ends_of(result.steps, shown):
+        if end is None:
+            table.add_row(*["..."] * 6)
             continue
+        number, step = end
         shares = (retention[number], mass[number], values["survival"][-1][number], values["origins"][-1][number + 1])
         table.add_row(f"{number + 1}/{count}", format_tokens(step.chunk_tokens), *(_percent(share) for share in shares))
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from imdc.planner.recalling import host_bytes, host_notes, moved_bytes
 from imdc.positions import fitted
 from imdc.report import OfStep
 from imdc.schedule import Step
-from imdc.units import format_bytes, format_tokens
+from imdc.units import ends_of, format_bytes, format_tokens
 
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
 
@@ -132,7 +131,8 @@ class Plan:
 
     def __str__(self) -> str:
         """The steps as a table, with the peak and the comparison below it."""
-        rows = [[_cell(value) for value in _row(step)] for step in _shown(self.steps)]
+        shown = ends_of(self.steps, _SHOWN_STEPS)
+        rows = [[_cell(value) for value in _row(None if end is None else end[1])] for end in shown]
         table = [list(_COLUMNS), *rows]
         widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
@@ -200,14 +200,6 @@ def _row(step: PlannedStep | None) -> tuple[int | str, ...]:
 
 def _cell(value: int | str) -> str:
     return format_tokens(value) if isinstance(value, int) else value
-
-
-def _shown(steps: Sequence[PlannedStep]) -> list[PlannedStep | None]:
-    """All steps, or the first and the last ones around a gap."""
-    if len(steps) <= _SHOWN_STEPS:
-        return list(steps)
-    half = _SHOWN_STEPS // 2
-    return [*steps[:half], None, *steps[-half:]]
 
 
 def plan(

@@ -126,7 +126,8 @@ class StepRun:
             out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
         else:
             out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
-            seen = self._observation(layer, q, turned, values, out, lse, self.step.chunk_tokens, self.tail_rows, options)
+            rows = self.step.chunk_tokens, self.tail_rows
+            seen = self._observation(layer, q, turned, values, out, lse, *rows, options)
             scores = self.tools.observer.score(seen) if drops else None
             del lse, seen
         # Rotated copies have served, and a step's peak may lie in what follows.
