@@ -63,11 +63,11 @@ def squared_lengths(x):
 def squared_changes(b_p, b_v, b_out, UPCAST: tl.constexpr):
     """Squared lengths of what outputs change by without each value, where it has the share b_p [values, outputs]."""
     b_v = widened(b_v, UPCAST)
+    b_product = tl.dot(b_v, tl.trans(b_out), input_precision="ieee")
     b_length = squared_lengths(b_v)[:, None]
+    b_away = tl.maximum(b_length - 2.0 * b_product + squared_lengths(b_out)[None, :], 0.0)
     b_rest = 1.0 - b_p
     b_share = b_p / tl.maximum(b_rest, LEAST_REST)
-    b_product = tl.dot(b_v, tl.trans(b_out), input_precision="ieee")
-    b_away = tl.maximum(b_length - 2.0 * b_product + squared_lengths(b_out)[None, :], 0.0)
     return tl.where(b_rest > LEAST_REST, b_share * b_share * b_away, b_length)
 
 
