@@ -105,9 +105,12 @@ def compression_config(q: Tensor, k: Tensor, v: Tensor, sizes: StepSizes, target
         return Config(rows, 32, num_warps=4, num_stages=1, descriptors=aligned(k) and aligned(v))
     # On Blackwell a block of 128 keys puts some registers on the stack.
     columns = 64 if power_of_two(q.shape[3], least=16) > 128 or target.major == 10 else 128
+    warps = 8
     if sizes.scoring == OUTPUT_CHANGE:
         columns = min(columns, CHANGE_COLUMNS)
-    return Config(rows, columns, num_warps=8, num_stages=2, descriptors=target.copies_tensors and aligned(v))
+        # Eight warps have too few registers each for large heads there.
+        warps = 4 if target.major == 10 and sizes.dim > 64 else warps
+    return Config(rows, columns, num_warps=warps, num_stages=2, descriptors=target.copies_tensors and aligned(v))
 
 
 def plan_compress(

@@ -66,9 +66,9 @@ def fused_step_fits(head_dim: int, element_size: int, major: int, scoring: str) 
     """Whether the compiler has registers enough for one kernel that does a whole step.
 
     Not in float32, and where keys come by addresses only for head sizes that need no mask: with 96 on sm_80 it spills.
-    Neither on sm_100 with large heads where changes of the output are scored.
+    Neither on sm_100 where changes of the output are scored.
     """
-    if element_size != 2 or (major == 10 and scoring == OUTPUT_CHANGE and head_dim > 64):
+    if element_size != 2 or (major == 10 and scoring == OUTPUT_CHANGE):
         return False
     return major in COPYING_MAJORS or head_dim == power_of_two(head_dim)
 
