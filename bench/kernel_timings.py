@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 from device_clock import DEVICE, Timings, describe_device
+from imdc.kernels.limits import OUTPUT_CHANGE, SCORINGS
 from record import RESULTS, ROOT, circumstances, write
 from rivals import LARGEST_ERROR, differs_from, error_of, sdpa, sdpa_in_parts
 from torch import Tensor
@@ -38,12 +39,9 @@ TARGETS = {
     "compression_share_of_layer": (0.0, 0.05),
     "auto_over_fastest_backend": (1.0, 1.03),
 }
-# (rows, columns, warps, stages) of the attention kernel. The last two leave room for two programs per multiprocessor,
-# so that one computes its softmax while the other multiplies.
-SWEEP = (
-    *((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4)),
-    *((64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1)),
-)
+# (rows, columns, warps, stages) of the attention kernel; two programs of the last two fit a multiprocessor.
+SWEEP = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4))
+SWEEP += ((64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
 
 
 def inputs(memory: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,19 +58,21 @@ def checks() -> Iterator[tuple[str, bool]]:
     from imdc.kernels import reference
     from imdc.kernels.compress_step import compress_step
 
+    options: dict[str, Any] = {"scale": SCALE, "rows": OBSERVERS, "pool_kernel": POOL}
     for memory in MEMORIES:
         q, k, v = inputs(memory)
         keep = min(KEEP, memory + CHUNK // 2)
-        out, new_k, new_v, indices = compress_step(q, k, v, scale=SCALE, keep=keep, rows=OBSERVERS, pool_kernel=POOL)
         exact, lse = reference.chunk_attention(q, k, v, scale=SCALE)
-        error = error_of(out, exact)
-        yield f"attention, memory {memory}: error {error:.2e}", error < LARGEST_ERROR
-        mass = reference.key_mass(q, k, lse, scale=SCALE, rows=OBSERVERS, pool_kernel=POOL)
-        best = mass.topk(keep, dim=-1).values.sum()
-        lost = 1 - (mass.gather(-1, indices).sum() / best).item()
-        yield f"selection, memory {memory}: mass lost {lost:.2e}", abs(lost) < 1e-4
-        kept = reference.compact(k, v, indices)
-        yield f"compaction, memory {memory}", torch.equal(new_k, kept[0]) and torch.equal(new_v, kept[1])
+        for scoring in SCORINGS:
+            out, new_k, new_v, indices = compress_step(q, k, v, keep=keep, scoring=scoring, **options)
+            error, where = error_of(out, exact), f"{scoring}, memory {memory}"
+            yield f"attention, {where}: error {error:.2e}", error < LARGEST_ERROR
+            changes = {"v": v, "out": out} if scoring == OUTPUT_CHANGE else {}
+            mass = reference.key_mass(q, k, lse, **options, **changes)
+            lost = 1 - (mass.gather(-1, indices).sum() / mass.topk(keep, dim=-1).values.sum()).item()
+            yield f"selection, {where}: {lost:.2e} lost", abs(lost) < 1e-4
+            kept = reference.compact(k, v, indices)
+            yield f"compaction, {where}", torch.equal(new_k, kept[0]) and torch.equal(new_v, kept[1])
 
 
 def interpreting() -> bool:
@@ -159,11 +159,14 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
     from imdc.kernels.select import plan_select, select
 
     keys, memory = k.shape[2], k.shape[2] - CHUNK
-    lse = chunk_attention(q, k, v, scale=SCALE)[1]
-    few, every = (partial(key_mass, q, k, lse, scale=SCALE, rows=rows) for rows in (OBSERVERS, CHUNK))
-    flops = 2.0 * Q_HEADS * DIM * OBSERVERS * (keys - OBSERVERS / 2)
-    total = timings.add(f"scoring: {OBSERVERS} rows", memory, few, flops=flops, gbytes=k.nbytes / 1e9)
-    timings.add("scoring: all rows", memory, every, flops=attention_flops(memory) / 2)
+    out, lse = chunk_attention(q, k, v, scale=SCALE)
+    by_attention = partial(key_mass, q, k, lse, scale=SCALE)
+    few, every = (partial(by_attention, rows=rows, v=v, out=out) for rows in (OBSERVERS, CHUNK))
+    flops = 4.0 * Q_HEADS * DIM * OBSERVERS * (keys - OBSERVERS / 2)
+    total = timings.add(f"scoring: {OBSERVERS} rows", memory, few, flops=flops, gbytes=2 * k.nbytes / 1e9)
+    timings.add("scoring: all rows", memory, every, flops=attention_flops(memory))
+    plain = partial(by_attention, rows=OBSERVERS)
+    timings.add("scoring: by attention", memory, plain, flops=flops / 2, gbytes=k.nbytes / 1e9)
     mass = few()
     timings.add("selection: triton, no pooling", memory, lambda: select(mass, keep, sink_tokens=4))
     forced: dict[str, Any] = {"sink_tokens": 4, "recent_tokens": 0}
@@ -188,9 +191,9 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
 
     def step(backend: Backend) -> tuple[Tensor, ...]:
         if backend.compress_step is not None:
-            return backend.compress_step(q, k, v, keep=keep, sink_tokens=4, **options)
+            return backend.compress_step(q, k, v, keep=keep, sink_tokens=4, scoring=OUTPUT_CHANGE, **options)
         out, lse = backend.chunk_attention(q, k, v, scale=SCALE)
-        indices = backend.select(backend.key_mass(q, k, lse, **options), keep, sink_tokens=4)
+        indices = backend.select(backend.key_mass(q, k, lse, v=v, out=out, **options), keep, sink_tokens=4)
         return out, *backend.compact(k, v, indices), indices
 
     model = (q.device, q.dtype, DIM, False)
