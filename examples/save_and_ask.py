@@ -53,7 +53,7 @@ def main() -> None:
         [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
     )
     before, _, after = turn.partition(marker)
-    with imdc.patch(model, memory_tokens=512, chunk_tokens=512, recall="host") as handle:
+    with imdc.patch(model, memory_tokens=1024, chunk_tokens=512, recall="host") as handle:
         if args.half == "read":
             ids = encode(tokenizer, before + document())
             imdc.save_cache(handle.read(ids.to(model.device)), args.cache)

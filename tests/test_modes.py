@@ -274,7 +274,7 @@ class Calls:
 def test_any_assistant_gives_greedy_tokens(family: str, noise: float, positions: str) -> None:
     model, new = model_of(family), 24
     # So little is dropped that an unpatched assistant still agrees with what the memory says.
-    with imdc.patch(model, positions=positions, memory_tokens=LENGTH - 4, chunk_tokens=32) as handle:
+    with imdc.patch(model, positions=positions, memory_tokens=LENGTH - 2, chunk_tokens=32) as handle:
         wanted = generate(model, prompt(), max_new_tokens=new, eos_token_id=None)
         with Calls(model) as calls:
             got = generate(model, prompt(), max_new_tokens=new, assistant_model=assistant_of(family, noise))
