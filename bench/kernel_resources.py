@@ -19,18 +19,24 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_configurations import (
+    KEEP,
+    KEYS,
+    KV_HEADS,
+    QUERIES,
+    TYPE_NAMES,
+    chip,
+    fed_in_blocks,
+    launches,
+)
 from torch import Tensor
 
 CAPABILITIES = (80, 90, 100)
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TYPE_NAMES |= {torch.int32: "i32", torch.int64: "i64"}
-QUERIES, KEYS, KEEP, KV_HEADS = 4096, 8192, 4096, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,110 +61,6 @@ class Resources:
         """Nothing spills, the shared memory fits the chip, and nothing is seen that would make it slow."""
         fits = self.spilled_bytes == 0 and self.stack_bytes == 0 and self.shared_bytes <= self.shared_limit
         return fits and not self.faults
-
-
-def _ghost(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor with a shape and no storage."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _target(capability: int) -> Any:
-    from imdc.kernels._launch import target
-
-    return target(*divmod(capability, 10))
-
-
-def attention_cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Shapes and options for the three kernels that work on logits."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    plain: dict[str, Any] = {"dtype": bf16, "group": 4, "softcap": None, "window": None}
-    for dim in (64, 128):
-        yield f"D={dim} bf16 G=4", plain | {"dim": dim}
-    if quick:
-        return
-    for dim in (64, 128, 256):
-        yield f"D={dim} bf16 G=4 unaligned", plain | {"dim": dim, "padding": 4}
-    for dim in (96, 256):
-        yield f"D={dim} bf16 G=4", plain | {"dim": dim}
-    for dtype in (fp16, fp32):
-        for dim in (64, 96, 128, 256):
-            yield f"D={dim} {TYPE_NAMES[dtype]} G=4", plain | {"dim": dim, "dtype": dtype}
-    for dim in (64, 128):
-        for group in (1, 3, 7, 8):
-            yield f"D={dim} bf16 G={group}", plain | {"dim": dim, "group": group}
-    for dim in (64, 96, 128, 256):
-        for group in (4, 7):
-            yield f"D={dim} bf16 G={group} window", plain | {"dim": dim, "group": group, "window": 4096}
-            yield f"D={dim} bf16 G={group} softcap", plain | {"dim": dim, "group": group, "softcap": 50.0}
-            both = plain | {"dim": dim, "group": group, "softcap": 50.0, "window": 4096}
-            yield f"D={dim} bf16 G={group} window softcap", both
-
-
-def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
-    """(kernel, case, Launch) of every production configuration on a chip."""
-    from imdc.kernels._compress import Rules, Written
-    from imdc.kernels.chunk_attention import attention_config, plan_chunk_attention
-    from imdc.kernels.compact import plan_compact
-    from imdc.kernels.compress import compression_config, plan_compress
-    from imdc.kernels.fused_step import plan_fused_step
-    from imdc.kernels.key_mass import plan_key_mass
-    from imdc.kernels.limits import OUTPUT_CHANGE, POOLINGS, SCORINGS, StepSizes, fused_step_fits
-    from imdc.kernels.rotate import plan_rotate
-    from imdc.kernels.select import plan_select
-
-    target, poolings = _target(capability), POOLINGS[:1] if quick else POOLINGS
-    for case, options in attention_cases(quick):
-        dim, dtype, group = options["dim"], options["dtype"], options["group"]
-        logits = {"scale": dim**-0.5, "softcap": options["softcap"]}
-        q = _ghost(1, KV_HEADS * group, QUERIES, dim, dtype=dtype)
-        k = _ghost(1, KV_HEADS, KEYS, dim + options.get("padding", 0), dtype=dtype)[..., :dim]
-        lse = _ghost(1, KV_HEADS * group, QUERIES, dtype=torch.float32)
-        forward = plan_chunk_attention(q, k, k, q, lse, window=options["window"], target=target, **logits)
-        yield "chunk_attention", case, forward
-        if options["window"] is None:
-            mass, ranks = (_ghost(1, KV_HEADS, KEYS, dtype=kind) for kind in (torch.float32, torch.int32))
-            for scoring in SCORINGS:
-                name = f"{case} {scoring}"
-                launch = plan_key_mass(q, k, k, q, lse, mass, rows=64, scoring=scoring, target=target, **logits)
-                yield "key_mass", name, launch
-            if not _fed_in_blocks("fused_step", case):
-                continue  # never launched, see `compress_step`
-            kept = _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
-            written = Written(mass, ranks, _ghost(1, KV_HEADS, KEEP, dtype=torch.int64), kept, kept)
-            rows = 16
-            # The product's registers, which groups and caps change, are free again when scores are pooled.
-            ways = [(scoring, POOLINGS[0]) for scoring in SCORINGS]
-            if group == 4 and options["softcap"] is None:
-                ways += [(OUTPUT_CHANGE, pooling) for pooling in poolings[1:]]
-            for scoring, pooling in ways:
-                name = f"{case} {scoring} {pooling}"
-                kinds: dict[str, Any] = {"pooling": pooling, "scoring": scoring}
-                rules = Rules(keep=KEEP, rows=rows, scored_keys=KEYS, pool_kernel=15, **kinds, **logits)
-                if fused_step_fits(dim, 2, target.major, scoring):
-                    blocks = attention_config(q, k, k, target)
-                    yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
-                heads = (1, q.shape[1], KV_HEADS)
-                sizes = StepSizes(*heads, QUERIES, KEYS, dim, 2, rows, KEEP, pool_kernel=15, scoring=scoring)
-                blocks = compression_config(q, k, k, sizes, target)
-                yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
-    for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
-        scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
-        indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)
-        options = {"ranks": _ghost(1, KV_HEADS, keys, dtype=torch.int32), "sink_tokens": 4, "recent_tokens": 0}
-        yield "select", f"T={keys}", plan_select(scores, indices, **options)
-        for pooling in poolings:
-            options |= {"pool_kernel": 15, "pooling": pooling}
-            yield "select", f"T={keys} {pooling}", plan_select(scores, indices, **options)
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
-    for dtype in dtypes:
-        for dim, turned in ((128, 128),) if quick else ((64, 64), (80, 32), (96, 96), (128, 128), (256, 256)):
-            k = _ghost(1, KV_HEADS, KEYS, dim, dtype=dtype)
-            kept = _ghost(1, KV_HEADS, KEEP, dim, dtype=dtype)
-            cos = _ghost(KEEP, turned, dtype=dtype)
-            indices = _ghost(1, KV_HEADS, KEEP, dtype=torch.int64)
-            case = f"D={dim} {TYPE_NAMES[dtype]}"
-            yield "compact", case, plan_compact(k, k, indices, kept, kept)
-            yield "rotate", f"{case} R={turned}", plan_rotate(kept, cos, cos, kept)
 
 
 def source_of(launch: Any) -> Any:
@@ -202,11 +104,6 @@ def _tool(name: str) -> str:
     return str(path)
 
 
-def _fed_in_blocks(kernel: str, case: str) -> bool:
-    """Whether a kernel should reach the matrix units' speed: attention on 16-bit tensors that load in whole vectors."""
-    return kernel in ("chunk_attention", "fused_step") and "fp32" not in case and "unaligned" not in case
-
-
 def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
     """Compile one launch and read what it takes."""
     import triton
@@ -221,7 +118,7 @@ def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
         command = [_tool("cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    fed = _fed_in_blocks(kernel, case)
+    fed = fed_in_blocks(kernel, case)
     log = assembler_log(compiled.asm["ptx"], capability) if numbers["STACK"] or (fed and capability == 90) else ""
     blocks = {n: v for n, v in launch.arguments.items() if n.startswith(("BLOCK_", "TILE")) and isinstance(v, int)}
     return Resources(
@@ -236,7 +133,7 @@ def measure(kernel: str, case: str, launch: Any, capability: int) -> Resources:
         spilled_bytes=spilled_bytes(log) if numbers["STACK"] else 0,
         stack_bytes=numbers["STACK"],
         shared_bytes=compiled.metadata.shared,
-        shared_limit=_target(capability).shared_bytes,
+        shared_limit=chip(capability).shared_bytes,
         faults=faults(compiled.asm, log, capability, blocks["BLOCK_D"]) if fed else [],
     )
 
@@ -249,7 +146,7 @@ def _commit() -> str:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    changed = git("status", "--porcelain", "--", "kernels", "bench/kernel_resources.py", "bench/kernel_pipeline.py")
+    changed = git("status", "--porcelain", "--", "kernels", "bench/kernel_*.py")
     return git("rev-parse", "HEAD") + (" with changes" if changed else "")
 
 

@@ -40,8 +40,8 @@ TARGETS = {
     "auto_over_fastest_backend": (1.0, 1.03),
 }
 # (rows, columns, warps, stages) of the attention kernel; two programs of the last two fit a multiprocessor.
-SWEEP = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4))
-SWEEP += ((64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
+WIDE = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4))
+SWEEP = (*WIDE, (64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
 
 
 def inputs(memory: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +67,7 @@ def checks() -> Iterator[tuple[str, bool]]:
             out, new_k, new_v, indices = compress_step(q, k, v, keep=keep, scoring=scoring, **options)
             error, where = error_of(out, exact), f"{scoring}, memory {memory}"
             yield f"attention, {where}: error {error:.2e}", error < LARGEST_ERROR
-            changes = {"v": v, "out": out} if scoring == OUTPUT_CHANGE else {}
+            changes: dict[str, Any] = {"v": v, "out": out} if scoring == OUTPUT_CHANGE else {}
             mass = reference.key_mass(q, k, lse, **options, **changes)
             lost = 1 - (mass.gather(-1, indices).sum() / mass.topk(keep, dim=-1).values.sum()).item()
             yield f"selection, {where}: {lost:.2e} lost", abs(lost) < 1e-4

@@ -56,7 +56,7 @@ class Observer:
         raise NotImplementedError(f"{type(self).__name__} does not override score()")
 
     @property
-    def is_mass(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether its scores are those of `Observation.scores`, which a backend may compute and use in one launch."""
         return type(self).score is AttentionObserver.score
 

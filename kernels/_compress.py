@@ -95,6 +95,11 @@ def compression_blocks(block_d: int, element_size: int, rules: Rules) -> dict[st
     }
 
 
+def scored_columns(columns: int, scoring: str) -> int:
+    """Keys that a program scores at a time, of `columns` at most: two products take more registers than one."""
+    return min(columns, CHANGE_COLUMNS) if scoring == OUTPUT_CHANGE else columns
+
+
 @triton.jit
 def _weigh_keys(
     b_q, b_out, b_lse, i_b, i_h, k, stride_kt, v, stride_vt, mass, observers, every, keys, scored, scale, softcap,

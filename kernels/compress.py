@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compress import CHANGE_COLUMNS, Rules, Written, compress_head, compression_arguments, compression_blocks
+from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks, scored_columns
 from ._device import LOG2E, widened
 from ._launch import (
     INTERPRETER,
@@ -105,11 +105,9 @@ def compression_config(q: Tensor, k: Tensor, v: Tensor, sizes: StepSizes, target
         return Config(rows, 32, num_warps=4, num_stages=1, descriptors=aligned(k) and aligned(v))
     # On Blackwell a block of 128 keys puts some registers on the stack.
     columns = 64 if power_of_two(q.shape[3], least=16) > 128 or target.major == 10 else 128
-    warps = 8
-    if sizes.scoring == OUTPUT_CHANGE:
-        columns = min(columns, CHANGE_COLUMNS)
-        # Eight warps have too few registers each for large heads there.
-        warps = 4 if target.major == 10 and sizes.dim > 64 else warps
+    columns = scored_columns(columns, sizes.scoring)
+    # Eight warps have too few registers each for two products of large heads there.
+    warps = 4 if target.major == 10 and sizes.scoring == OUTPUT_CHANGE and sizes.dim > 64 else 8
     return Config(rows, columns, num_warps=warps, num_stages=2, descriptors=target.copies_tensors and aligned(v))
 
 

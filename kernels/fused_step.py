@@ -23,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import attend
-from ._compress import CHANGE_COLUMNS, Rules, Written, compress_head, compression_arguments, compression_blocks
+from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks, scored_columns
 from ._device import rounded, widened
 from ._launch import Config, Launch, descriptor, logit_arguments, strided
-from .limits import OUTPUT_CHANGE
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -125,8 +124,7 @@ def plan_fused_step(
     logits = logit_arguments(q, k, config, scale=rules.scale, softcap=rules.softcap)
     block_d = logits["BLOCK_D"]
     passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
-    # Two products at a time need more registers than one.
-    columns = min(config.columns, CHANGE_COLUMNS) if rules.scoring == OUTPUT_CHANGE else config.columns
+    columns = scored_columns(config.columns, rules.scoring)
     scored_k, scored_v = (descriptor(x, columns, block_d) if config.descriptors else x for x in (k, v))
     return Launch(
         kernel=_fused_step_kernel,

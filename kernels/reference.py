@@ -131,7 +131,7 @@ def key_mass(
     kv_heads, keys = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
     voting = voters(queries, rows, stride)
-    q, lse = q[:, :, voting], lse[:, :, voting]
+    q, lse, out = q[:, :, voting], lse[:, :, voting], None if out is None else out[:, :, voting]
     numbers = torch.arange(queries, device=q.device)[voting]
     scored = keys if scored_keys is None else scored_keys
     mass = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=q.device)
@@ -145,7 +145,7 @@ def key_mass(
             logits = _block_logits(q[:, of_group, block], k[:, head].float(), visible, scale=scale, softcap=softcap)
             weights = logits.sub_(lse[:, of_group, block, None]).exp_()
             if v is not None and out is not None:
-                weights = _squared_changes(weights, v[:, head].float(), out[:, of_group, voting][:, :, block].float())
+                weights = _squared_changes(weights, v[:, head].float(), out[:, of_group, block].float())
             mass[:, head] += weights.sum(dim=(1, 2))
     mass = mass[..., :scored] / (seen[:scored] * group).clamp_min(1.0)
     return pool(mass, pool_kernel, pooling)

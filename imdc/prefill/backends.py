@@ -27,7 +27,7 @@ from imdc.model.machine import machine_of
 class Backend:
     """The kernels of a step, with the signatures of `imdc.kernels.reference`.
 
-    `compress_step` is the first four in one call, for observers that score by attention mass, where a backend has it.
+    `compress_step` is the first four in one call, for observers that score as the config says, where a backend has it.
     """
 
     name: str

@@ -97,7 +97,7 @@ class StepRun:
             # Before the questions' keys are moved; see `_attend_apart`.
             self._show(self.reading.recorder, layer, q, turned, scale=scale, softcap=softcap)
         compress_step, config = self.tools.backend.compress_step, self.reading.config
-        together = self.tools.observer.is_mass and len(self.questions) < 2
+        together = self.tools.observer.is_plain and len(self.questions) < 2
         if drops and self._votes is not None and together and compress_step is not None:
             out, kept_k, kept_v, chosen = compress_step(
                 q,
