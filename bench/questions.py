@@ -41,6 +41,7 @@ WAYS: dict[str, tuple[dict[str, Any], str | None]] = {
     "generic": ({"observer": "questions"}, "generic"),
     "first": ({"observer": "questions"}, "first"),
     "recall": ({"observer": "questions", "recall": "host"}, "generic"),
+    "recall int8": ({"observer": "questions", "recall": "host", "recall_dtype": "int8"}, "generic"),
     "recall window": ({"observer": "window", "recall": "host"}, None),
 }
 

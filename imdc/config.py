@@ -14,6 +14,7 @@ from imdc.errors import ConfigError, check_choice, check_int, check_share, did_y
 from imdc.kernels.limits import OUTPUT_CHANGE, POOLINGS, SCORINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
 from imdc.presets import PAPER, PER_STEP
+from imdc.units import DefaultSize
 
 SCHEDULES = ("imdc", "im", "fm", "full")
 # The model's own prefill, where it stands beside the schedules.
@@ -25,22 +26,16 @@ LAYER_BUDGETS = ("uniform", "pyramid", *MEASURED_BUDGETS)
 POSITIONS = ("auto", "original", "compact")
 STARTS = ("auto", PER_STEP)
 RECALLS = ("none", "host", "disk")
+RECALL_DTYPES = ("model", "int8")
 BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
+# Tokens of the text that have a scale in common for each channel of a key, where recall_dtype="int8".
+INT8_GROUP = 128
 # initial_memory="auto": a share of the memory, but no fewer tokens besides sinks and recent ones. A share alone leaves
 # next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9. A higher
 # floor would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
-
-
-class DefaultSize(int):
-    """A number of tokens that nobody chose: where it does not fit the model's window, a smaller one is used.
-
-    See `imdc.positions.fitted`. It is the number in every other respect.
-    """
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +84,8 @@ class PrefillConfig:
             needs.
         recall_limit: bytes for that at most; left out, what the system or the disk has available.
         recall_dir: folder of that file, which goes with the cache; left out, the system's for temporary files.
+        recall_dtype: what is stored there, "model" (pairs in the model's dtype, as they are) or "int8" (about half of
+            bfloat16, a quarter of float32), keys per channel and values per token, as KIVI quantises them.
 
     Raises:
         ConfigError: a value has the wrong type or range, or does not fit the others.
@@ -123,6 +120,7 @@ class PrefillConfig:
     recall: str = "none"
     recall_limit: int | None = None
     recall_dir: str | None = None
+    recall_dtype: str = "model"
 
     def __post_init__(self) -> None:
         """Check every field by itself, then those that depend on each other."""
@@ -141,16 +139,12 @@ class PrefillConfig:
             check_int("decode_tokens", self.decode_tokens, 1)
         if self.recall_limit is not None:
             check_int("recall_limit", self.recall_limit, 1)
-            if self.recall == "none":
+        for name, (unset, places) in _FOR_RECALL.items():
+            if getattr(self, name) != unset and self.recall not in places:
                 raise ConfigError(
-                    f"recall_limit={self.recall_limit} has no effect with recall='none'; set recall='host', or leave "
-                    f"it out"
+                    f"{name}={getattr(self, name)!r} has no effect with recall={self.recall!r}; set "
+                    f"recall={places[0]!r}, or leave it out"
                 )
-        if self.recall_dir is not None and self.recall != "disk":
-            raise ConfigError(
-                f"recall_dir={self.recall_dir!r} has no effect with recall={self.recall!r}; set recall='disk', or "
-                f"leave it out"
-            )
         if self.layer_budget in MEASURED_BUDGETS and self.schedule in ("fm", "full"):
             raise ConfigError(
                 f"layer_budget={self.layer_budget!r} shares out what the memory grows by, and "
@@ -295,6 +289,11 @@ CHOICES: dict[str, Sequence[str]] = {
     "positions": POSITIONS,
     "backend": BACKENDS,
     "recall": RECALLS,
+    "recall_dtype": RECALL_DTYPES,
 }
 _LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stride", "pool_kernel"), 1)
-_LEAST |= {"sink_tokens": 0, "recent_tokens": 0}
+_LEAST |= dict.fromkeys(("sink_tokens", "recent_tokens"), 0)
+# What each is where it was left out, and with which recall it has an effect.
+_FOR_RECALL: dict[str, tuple[str | None, Sequence[str]]]
+_FOR_RECALL = {"recall_limit": (None, RECALLS[1:]), "recall_dir": (None, ("disk",))}
+_FOR_RECALL["recall_dtype"] = ("model", RECALLS[1:])

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from imdc.config import DefaultSize, PrefillConfig
+from imdc.config import PrefillConfig
 from imdc.layer_budgets import fullest_share
 from imdc.schedule import Step, least_first_chunk
+from imdc.units import DefaultSize
 
 # An answer is compressed after so many tokens at the earliest: more often, it would hardly get on. It is also more
 # than assisted decoding usually drafts at once.

@@ -35,6 +35,15 @@ _NUMBER = re.compile(r"\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(\.[0-9]+
 _MOST = 10**18
 
 
+class DefaultSize(int):
+    """A number of tokens that nobody chose: where it does not fit the model's window, a smaller one is used.
+
+    See `imdc.positions.fitted`. It is the number in every other respect.
+    """
+
+    __slots__ = ()
+
+
 def _parse(text: str, units: Mapping[str, int], what: str, remedy: str) -> int:
     match = _NUMBER.fullmatch(text)
     factor = units.get(match[3].lower()) if match else None

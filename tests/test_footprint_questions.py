@@ -22,6 +22,7 @@ from imdc.profiler.allocations import DispatchAllocations
 from imdc.profiler.measure import measure
 
 SIZES: dict[str, Any] = {"memory_tokens": 200, "chunk_tokens": 120}
+INT8 = {"recall": "host", "recall_dtype": "int8"}
 
 
 def text(length: int, seed: int = 0) -> Tensor:
@@ -71,7 +72,7 @@ def asking_peak(made: Plan) -> int:
     return max(one.above_weights for one in made.after if one.phase in ("asking", "answering"))
 
 
-@pytest.mark.parametrize("recall", ["none", "host"])
+@pytest.mark.parametrize("recall", [{}, {"recall": "host"}, INT8], ids=["none", "host", "int8"])
 @pytest.mark.parametrize(
     ("family", "positions", "dtype", "question", "new"),
     [
@@ -84,26 +85,27 @@ def asking_peak(made: Plan) -> int:
     ids=str,
 )
 def test_prediction_is_the_measured_peak_of_a_question(
-    family: str, positions: str, dtype: torch.dtype, question: int, new: int, recall: str
+    family: str, positions: str, dtype: torch.dtype, question: int, new: int, recall: dict[str, str]
 ) -> None:
     model = FAMILIES[family]().to(dtype)
-    made, measured, moved = read_and_ask(model, question, new, recall=recall, positions=positions)
+    made, measured, moved = read_and_ask(model, question, new, **recall, positions=positions)
     # Sliding layers lie in unknown places among the others.
     assert asking_peak(made) / measured == pytest.approx(1.0, abs=0.05 if family == "gemma3" else 0.03)
     assert made.question_moved_bytes == moved
-    assert (moved > 0) == (recall == "host")
+    assert (moved > 0) == bool(recall)
     assert ["answering" in one.phase for one in made.after][-1] == (new > 1)
 
 
-@pytest.mark.parametrize("held", [0, 2 * 500 * 4 * 4 * 30])
+@pytest.mark.parametrize("dtype", ["model", "int8"])
+@pytest.mark.parametrize("held", [0, 2 * 512 * 4 * 4 * 30])
 @pytest.mark.parametrize(("window", "compact"), [(512, True), (4096, False)])
 def test_prediction_knows_the_blocks_of_a_long_text(
-    held: int, window: int, compact: bool, monkeypatch: pytest.MonkeyPatch
+    held: int, window: int, compact: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recalling, "BLOCK_TOKENS", 500)
+    monkeypatch.setattr(recalling, "BLOCK_TOKENS", 512)
     monkeypatch.setattr(recalling, "HELD_BYTES", held)
     model = FAMILIES["llama"](max_position_embeddings=window)
-    made, measured, moved = read_and_ask(model, 30, 1, recall="host")
+    made, measured, moved = read_and_ask(model, 30, 1, recall="host", recall_dtype=dtype)
     assert made.compact == compact
     assert asking_peak(made) / measured == pytest.approx(1.0, abs=0.035)
     assert made.question_moved_bytes == moved

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 import imdc
 from imdc.cache.cache import ImdcCache
-from imdc.config import DefaultSize, PrefillConfig
+from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
 from imdc.model.shape import ModelShape
 from imdc.positions import answer_room, fitted
 from imdc.schedule import least_first_chunk
+from imdc.units import DefaultSize
 
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 SHORT = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import random
@@ -62,6 +63,22 @@ def test_a_run_goes_on_where_it_stopped(
     assert (own["reads"], known["reads"]) == (6, 1) and own["kv_bytes"] == known["kv_bytes"]
     assert recall["recalled_bytes"] > 0 == known["recalled_bytes"]
     assert "One read, many questions" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_store_in_eight_bits_finds_the_same_facts(
+    questions: ModuleType, data: ModuleType, smollm2: tuple[Any, Any], data_dir: Path
+) -> None:
+    sizes = argparse.Namespace(data="haystacks", books=data_dir / "books", documents=1, prompt_tokens=2048)
+    (one,) = data.documents(sizes, smollm2[1])
+    model, int8 = (questions.measure(*smollm2, one, way, 8, 512) for way in ("recall", "recall int8"))
+    assert int8["scores"] == model["scores"] and sum(model["scores"]) >= 4
+    # Of float32; 64 dimensions of a head share a step and a zero, and 128 tokens of a channel.
+    assert int8["host_bytes"] == pytest.approx(
+        (8 + 8 * 8 / 64 / 2 + 8 * 8 / 128 / 2) / 32 * model["host_bytes"], rel=1e-3
+    )
+    assert int8["recalled_bytes"] < 0.3 * model["recalled_bytes"]
 
 
 @pytest.mark.parametrize(

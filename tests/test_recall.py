@@ -33,11 +33,11 @@ def text(length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_recall(tokens: int, compact: bool) -> tuple[Recall, Tensor, Tensor, Tensor]:
+def random_recall(tokens: int, compact: bool, int8: bool) -> tuple[Recall, Tensor, Tensor, Tensor]:
     """A store of one layer with random pairs, and queries, keys and values of a question of 7 tokens."""
     model = FAMILIES["llama"](max_position_embeddings=256)
     generator = torch.Generator().manual_seed(1)
-    store = HostStore([0], tokens)
+    store = HostStore([0], tokens, int8=int8)
     keys, values = (torch.randn(1, 2, tokens, 16, generator=generator) for _ in range(2))
     for start in range(0, tokens, 50):
         store.write(0, start, keys[:, :, start : start + 50], values[:, :, start : start + 50])
@@ -48,18 +48,20 @@ def random_recall(tokens: int, compact: bool) -> tuple[Recall, Tensor, Tensor, T
 
 
 @pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("int8", [False, True], ids=["model", "int8"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize(("block", "held"), [(4096, 2**26), (64, 2**26), (64, 0), (64, 3 * 64 * 4 * 4 * 7)])
+@pytest.mark.parametrize(("block", "held"), [(4096, 2**26), (128, 2**26), (128, 0), (128, 2 * 128 * 4 * 4 * 7)])
 def test_what_is_taken_back_is_what_one_token_attends_to_most(
-    compact: bool, softcap: float | None, block: int, held: int, monkeypatch: pytest.MonkeyPatch
+    compact: bool, int8: bool, softcap: float | None, block: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recalling, "BLOCK_TOKENS", block)
     monkeypatch.setattr(recalling, "HELD_BYTES", held)
     tokens = 300
-    one, q, own, own_v = random_recall(tokens, compact)
+    one, q, own, own_v = random_recall(tokens, compact, int8)
     keys, values, out = one.take(0, q, own, own_v, keep=20, scale=0.4, softcap=softcap)
 
-    asked, all_keys = q, torch.cat((one.store.keys[0].transpose(1, 2), own), dim=2)
+    stored = {side: one.store.block(side, 0, range(tokens), q.device)[0] for side in ("keys", "values")}
+    asked, all_keys = q, torch.cat((stored["keys"].transpose(1, 2), own), dim=2)
     if compact:
         # The window of 256 positions less the question; 300 keys share what is left of them.
         span = 256 - 7
@@ -69,7 +71,7 @@ def test_what_is_taken_back_is_what_one_token_attends_to_most(
         all_keys = rotate(all_keys, *tables)
         asked = rotate(q, *(table[-7:] for table in tables))
     options: dict[str, Any] = {"scale": 0.4, "softcap": softcap}
-    all_values = torch.cat((one.store.values[0].transpose(1, 2), own_v), dim=2)
+    all_values = torch.cat((stored["values"].transpose(1, 2), own_v), dim=2)
     attended, lse = REFERENCE.chunk_attention(asked, all_keys, all_values, **options)
     if compact:
         assert out is None
@@ -80,9 +82,10 @@ def test_what_is_taken_back_is_what_one_token_attends_to_most(
     highest = (logits - lse.view(2, 2, 7, 1)).exp().amax(dim=(1, 2))
     scores = torch.nn.functional.max_pool1d(highest[None], 3, stride=1, padding=1)
     chosen = REFERENCE.select(scores, 20, sink_tokens=2, recent_tokens=0)
-    for got, stored in ((keys, one.store.keys[0]), (values, one.store.values[0])):
-        assert torch.equal(got, torch.stack([stored[0, chosen[0, head], head] for head in range(2)])[None])
-    assert one.moved_bytes >= one.store.keys[0].nbytes + keys.nbytes + values.nbytes
+    for got, side in ((keys, stored["keys"]), (values, stored["values"])):
+        assert torch.equal(got, torch.stack([side[0, chosen[0, head], head] for head in range(2)])[None])
+    taken = sum(one.store.gather(side, 0, chosen.transpose(1, 2), q.device)[1] for side in stored)
+    assert one.moved_bytes >= one.store.sides["keys"][0].nbytes + taken
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3"])
@@ -110,8 +113,8 @@ def test_the_store_holds_every_pair_as_it_was_computed(family: str) -> None:
         cache = handle.read(document)
     assert cache.store is not None
     for layer in Parts.of(model).full_layers:
-        assert torch.equal(cache.store.keys[layer].transpose(1, 2), cache.layers[layer].keys)
-        assert torch.equal(cache.store.values[layer].transpose(1, 2), cache.layers[layer].values)
+        assert torch.equal(cache.store.sides["keys"][layer].transpose(1, 2), cache.layers[layer].keys)
+        assert torch.equal(cache.store.sides["values"][layer].transpose(1, 2), cache.layers[layer].values)
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])

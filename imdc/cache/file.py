@@ -1,7 +1,8 @@
 """Keep a prefilled cache on disk: read a document once, ask about it later, in any process.
 
 One safetensors file, never pickle. Tensors are `layers.<n>.keys` and `layers.<n>.values` [B, Hkv, stored, D], and with
-recall `store.<n>.keys` and `store.<n>.values` [1, tokens, Hkv, D]. The header holds `imdc`, a JSON text with everything
+recall `store.<n>.keys` and `store.<n>.values` [1, tokens, Hkv, D], in eight bits with `store.<n>.key_scales` and
+`store.<n>.value_scales`, see `imdc.cache.int8`. The header holds `imdc`, a JSON text with everything
 else (the model's facts, samples of its weights, settings of its adapters, the state of rows and layers), and `sha256`,
 the checksum of that text and of all tensors. The checksum finds damage, not forgery: it is no signature.
 """
@@ -33,8 +34,9 @@ from imdc.model.parts import Parts
 
 # Raise it when a file written by one version cannot be read by the other.
 _FORMAT = 3
-# That of files which also hold a document's store: earlier versions would not see it.
-_FORMAT_WITH_STORE = 4
+# That of files which also hold a document's store, and of those where it is in eight bits: versions that do not know of
+# it would not see it, or take its codes for keys and values.
+_FORMAT_WITH_STORE, _FORMAT_WITH_INT8 = 4, 5
 _ROW_FIELDS = ("tokens", "position", "padding", "compact", "question")
 
 
@@ -64,7 +66,7 @@ def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
         tensors |= cache.store.tensors()
     state = json.dumps(
         {
-            "format": _FORMAT if cache.store is None else _FORMAT_WITH_STORE,
+            "format": _format(cache),
             "imdc": __version__,
             "model": facts(Parts.of(model)),
             "weights": weight_samples(model),
@@ -127,6 +129,12 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel, *, recall: 
     return cache
 
 
+def _format(cache: ImdcCache) -> int:
+    if cache.store is None:
+        return _FORMAT
+    return _FORMAT_WITH_INT8 if cache.store.int8 else _FORMAT_WITH_STORE
+
+
 def _layer_state(layer: Any) -> dict[str, Any]:
     shape = list(layer.keys.shape)
     if isinstance(layer, MemoryLayer):
@@ -161,9 +169,10 @@ def _read(path: Path, *, map_store: bool) -> tuple[dict[str, Any], dict[str, Ten
     if _checksum(header["imdc"], tensors) != header["sha256"]:
         raise CacheMismatchError(f"{shown!r} was altered after it was saved: its checksum differs; {again}")
     state: dict[str, Any] = json.loads(header["imdc"])
-    if state["format"] not in (_FORMAT, _FORMAT_WITH_STORE):
+    known = (_FORMAT, _FORMAT_WITH_STORE, _FORMAT_WITH_INT8)
+    if state["format"] not in known:
         raise CacheMismatchError(
             f"{shown!r} has format {state['format']}, written by imdc {state['imdc']}; imdc {__version__} "
-            f"reads formats {_FORMAT} and {_FORMAT_WITH_STORE}: use that version, or {again}"
+            f"reads formats {', '.join(map(str, known))}: use that version, or {again}"
         )
     return state, tensors

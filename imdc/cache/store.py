@@ -12,12 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from imdc.cache.int8 import dequantised, dequantised_at, quantised_keys, quantised_values
+from imdc.config import INT8_GROUP
 from imdc.errors import ConfigError
 from imdc.units import format_bytes
 
+_SIDES = ("keys", "values", "key_scales", "value_scales")
+
 
 class HostStore:
-    """The pairs of one text in its full-attention layers, as the layers computed them, in the order of the text.
+    """The pairs of one text in its full-attention layers, in the order of the text, as computed or in eight bits.
 
     Everything that is read is stored, also what the device keeps: a memory is a small share of a long text, and pairs
     that lie in the order of the text need no list of places. Keys are rotated to their positions in the text, or not
@@ -26,20 +30,27 @@ class HostStore:
     On a device the copies run beside the computation, in a stream of their own. One layer's chunk is alive until the
     next layer has computed its own.
 
+    In eight bits a group of keys shares scales, see `imdc.cache.int8`. Groups lie at fixed places in the text, so what
+    is stored does not depend on the chunks in which it was read: keys that fill no group yet wait for the next chunk,
+    where they were computed.
+
     Attributes:
         tokens: of the text, for which there is room.
         folder: where the files are that are mapped in place of host memory; None for that.
-        keys: per full-attention layer [1, tokens, Hkv, D] on the CPU: what is copied at once lies in one piece.
-        values: as `keys`.
+        int8: whether the pairs are in eight bits.
+        sides: "keys" and "values", and with `int8` "key_scales" and "value_scales", per full-attention layer: keys and
+            values [1, tokens, Hkv, D] on the CPU, since what is copied at once lies in one piece; scales as in
+            `imdc.cache.int8`.
     """
 
-    def __init__(self, layers: Sequence[int], tokens: int, folder: Path | None = None) -> None:
+    def __init__(self, layers: Sequence[int], tokens: int, folder: Path | None = None, *, int8: bool = False) -> None:
         """Room is made when a layer brings its first chunk."""
-        self.layers, self.tokens, self.folder = tuple(layers), tokens, folder
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self.layers, self.tokens, self.folder, self.int8 = tuple(layers), tokens, folder, int8
+        self.sides: dict[str, dict[int, Tensor]] = {name: {} for name in _SIDES}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._copied: tuple[Tensor, Tensor] | None = None
+        self._copied: list[Tensor] = []
+        # Keys that fill no group yet.
+        self._rest: dict[int, Tensor] = {}
         # Of a chunk on its way to files: pinned copies, and where they go. What is mapped cannot be pinned.
         self._landed: list[tuple[Tensor, Tensor]] = []
 
@@ -50,54 +61,120 @@ class HostStore:
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> HostStore | None:
         """The store whose `tensors()` are among those given; None where there are none."""
-        layers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("store.") and "keys" in name)
-        if not layers:
+        names = [name.split(".") for name in tensors if name.startswith("store.")]
+        if not names:
             return None
-        store = cls(layers, tensors[f"store.{layers[0]}.keys"].shape[1])
-        store.keys = {layer: tensors[f"store.{layer}.keys"] for layer in layers}
-        store.values = {layer: tensors[f"store.{layer}.values"] for layer in layers}
+        layers = sorted({int(layer) for _, layer, _ in names})
+        int8 = any(side == "key_scales" for _, _, side in names)
+        store = cls(layers, tensors[f"store.{layers[0]}.keys"].shape[1], int8=int8)
+        for _, layer, side in names:
+            store.sides[side][int(layer)] = tensors[f"store.{layer}.{side}"]
         return store
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by names for a file."""
-        sides = (("keys", self.keys), ("values", self.values))
-        return {f"store.{layer}.{name}": side[layer] for layer in self.keys for name, side in sides}
+        return {f"store.{layer}.{name}": side[layer] for name, side in self.sides.items() for layer in side}
 
     def nbytes(self) -> int:
         """Bytes of host memory, or of the files in its place."""
-        return sum(x.nbytes for x in (*self.keys.values(), *self.values.values()))
+        return sum(x.nbytes for x in self.tensors().values())
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store the pairs [1, Hkv, n, D] of the tokens from `start` on."""
-        if layer not in self.keys:
-            size = (1, self.tokens, keys.shape[1], keys.shape[3])
-            self.keys[layer], self.values[layer] = (self._room(size, states) for states in (keys, values))
-        places = slice(start, start + keys.shape[2])
-        targets = self.keys[layer][:, places], self.values[layer][:, places]
-        keys, values = (x.transpose(1, 2) for x in (keys, values))
-        if not keys.is_cuda:
-            for target, states in zip(targets, (keys, values), strict=True):
-                target.copy_(states)
-            return
-        if keys.device not in self._streams:
-            self._streams[keys.device] = torch.cuda.Stream(keys.device)
-        stream = self._streams[keys.device]
+        """Store the pairs [1, Hkv, n, D] of the tokens from `start` on; in eight bits, chunk after chunk."""
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         # The chunk that was copied last may go, and this one was computed by the stream that runs now.
         self._wait()
-        self._copied = keys, values = keys.contiguous(), values.contiguous()
-        stream.wait_stream(torch.cuda.current_stream(keys.device))
-        if self.folder is not None:
-            files, landed = targets, [torch.empty_like(x, device="cpu", pin_memory=True) for x in (keys, values)]
-            self._landed, targets = list(zip(files, landed, strict=True)), (landed[0], landed[1])
-        with torch.cuda.stream(stream):
-            for target, states in zip(targets, (keys, values), strict=True):
-                target.copy_(states, non_blocking=True)
+        if not self.int8:
+            self._send([self._piece("keys", layer, start, keys), self._piece("values", layer, start, values)])
+            return
+        codes, scales = quantised_values(values)
+        pieces = [self._piece("values", layer, start, codes), self._piece("value_scales", layer, start, scales)]
+        waiting, end = self._rest.pop(layer, None), start + keys.shape[1]
+        if waiting is not None:
+            keys, start = torch.cat((waiting, keys), dim=1), start - waiting.shape[1]
+        whole = keys.shape[1] if end == self.tokens else keys.shape[1] // INT8_GROUP * INT8_GROUP
+        if whole < keys.shape[1]:
+            self._rest[layer] = keys[:, whole:].clone()
+        if whole:
+            codes, scales = quantised_keys(keys[:, :whole])
+            pieces.append(self._piece("keys", layer, start, codes))
+            pieces.append(self._piece("key_scales", layer, start // INT8_GROUP, scales))
+        self._send(pieces)
+
+    def _piece(self, side: str, layer: int, start: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `states` [1, n, ...] go that begin at `start`, and they themselves."""
+        room = self.sides[side]
+        if layer not in room:
+            count = -(-self.tokens // INT8_GROUP) if side == "key_scales" else self.tokens
+            room[layer] = self._room((1, count, *states.shape[2:]), states)
+        return room[layer][:, start : start + states.shape[1]], states
 
     def _room(self, size: tuple[int, ...], states: Tensor) -> Tensor:
         if self.folder is not None:
             return _mapped(self.folder, size, states.dtype)
         # Only what is pinned is copied while the device goes on.
         return torch.empty(size, dtype=states.dtype, pin_memory=states.is_cuda)
+
+    def _send(self, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        """Copy what `_piece` says, from a device in a stream of its own."""
+        device = pieces[0][1].device
+        if device.type != "cuda":
+            for target, states in pieces:
+                target.copy_(states)
+            return
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
+        pieces = [(target, states.contiguous()) for target, states in pieces]
+        self._copied = [states for _, states in pieces]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        if self.folder is not None:
+            landed = [torch.empty_like(states, device="cpu", pin_memory=True) for states in self._copied]
+            self._landed = [(target, there) for (target, _), there in zip(pieces, landed, strict=True)]
+            pieces = list(zip(landed, self._copied, strict=True))
+        with torch.cuda.stream(stream):
+            for target, states in pieces:
+                target.copy_(states, non_blocking=True)
+
+    def block(self, side: str, layer: int, block: range, device: torch.device) -> tuple[Tensor, int]:
+        """(keys or values [1, block, Hkv, D] of the tokens of `block` on `device`, bytes read of the store).
+
+        Those in eight bits are float32 there; `block` has to begin at a group then.
+        """
+        states = self.sides[side][layer][:, block.start : block.stop]
+        if not self.int8:
+            return states.to(device, non_blocking=True), states.nbytes
+        group, scales = self._scales(side, layer)
+        scales = scales[:, block.start // group : -(-block.stop // group)]
+        codes, steps = (x.to(device, non_blocking=True) for x in (states, scales))
+        return dequantised(codes, steps, group), states.nbytes + scales.nbytes
+
+    def gather(self, side: str, layer: int, places: Tensor, device: torch.device) -> tuple[Tensor, int]:
+        """(keys or values [1, m, Hkv, D] of the tokens `places` on `device`, bytes read of the store).
+
+        Args:
+            side: "keys" or "values".
+            layer: number of a full-attention layer.
+            places: int64 [1, m, Hkv] on the CPU.
+            device: where they go; those in eight bits are float32 there.
+        """
+        room = self.sides[side][layer]
+        states = room.gather(1, places[..., None].expand(*places.shape, room.shape[3]))
+        if not self.int8:
+            return states.to(device), states.nbytes
+        group, scales = self._scales(side, layer)
+        if group == 1:
+            scales = scales.gather(1, places[:, :, None, :, None].expand(-1, -1, 2, -1, -1))
+            return dequantised(states.to(device), scales.to(device), group), states.nbytes + scales.nbytes
+        # All scales of the layer: they are less than those of each channel of each pair would be.
+        groups = (places // group).to(device)
+        return dequantised_at(states.to(device), scales.to(device), groups), states.nbytes + scales.nbytes
+
+    def _scales(self, side: str, layer: int) -> tuple[int, Tensor]:
+        """Tokens that share scales, and the scales."""
+        if side == "keys":
+            return INT8_GROUP, self.sides["key_scales"][layer]
+        return 1, self.sides["value_scales"][layer]
 
     def finish(self) -> None:
         """Wait until everything is stored."""
@@ -107,14 +184,14 @@ class HostStore:
         self._streams = {}
 
     def _wait(self) -> None:
-        if self._copied is not None:
+        if self._copied:
             device = self._copied[0].device
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
             if self._landed:
                 self._streams[device].synchronize()
             for target, landed in self._landed:
                 target.copy_(landed)
-            self._copied, self._landed = None, []
+            self._copied, self._landed = [], []
 
 
 def _mapped(folder: Path, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

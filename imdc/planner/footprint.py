@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 from imdc.config import PrefillConfig
 from imdc.layer_budgets import planned_layers
-from imdc.model.backend_rule import ANY_MACHINE, KERNELS, Machine
+from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch, Kept, decoding_bytes, stacking_bytes, waiting_bytes
 from imdc.planner.layer_bytes import phases
+from imdc.planner.recalling import sending_bytes
 from imdc.planner.work import Layers, Phase, Work
 from imdc.schedule import MemoryCost, Step, build_steps, tail_rows
 
@@ -122,9 +123,8 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     tables = work.rows * (per_key * (4 if shape.float_rotary else shape.dtype_bytes) + 16)
     if work.compact:
         tables += work.keys * per_key * shape.dtype_bytes
-    if work.config.recall != "none" and work.backend in KERNELS and not work.recalled:
-        # A chunk's pairs are alive until they are copied to the host, while the next layer begins.
-        tables += work.step.chunk_tokens * shape.kv_bytes_per_token
+    # A chunk's pairs are alive until a GPU has copied them to the host, while the next layer begins.
+    tables += sending_bytes(work)
     pair = shape.kv_bytes_per_token
     memory, phase = max(
         (

@@ -6,7 +6,8 @@ prompt tail, r = c + t, T = memory_before + r, b bytes per element, H hidden, I 
     norm        r * (3 b H + 8 H)          embedding, layer input, residual; two float32 copies
     heads       r * b * (3 H + Q) + 8 r Q  query norm, in models that have one
     rotary      r * b * (3 H + 4 Q + 2 K)  queries, their two products, half-swapped copy or sum; keys, values
-    attention   r * b * (3 H + Q + 2 K)    and what the backend needs, see `attention_bytes`
+    storing     r * b * (3 H + Q + 2 K)    and what putting pairs in eight bits needs, see `imdc.planner.recalling`
+    attention   the same, and what the backend needs, see `attention_bytes`
     compression the same, output, and what one call that attends, scores and selects allocates, see `compression_bytes`
     recall      the same, and what taking back a question's memory needs, see `imdc.planner.recalling`
     scoring     elsewhere: the same, output, log-sum-exp and what the observer needs, see `scoring_bytes`
@@ -33,7 +34,7 @@ from imdc.planner.backend_bytes import (
     selection_bytes,
     turned_bytes,
 )
-from imdc.planner.recalling import recall_bytes, recalls_whole
+from imdc.planner.recalling import recall_bytes, recalls_whole, storing_bytes
 from imdc.planner.work import Layers, Phase, Work
 
 
@@ -53,6 +54,8 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     yield Phase("rotary", unit * (inputs + queries + 2 * keys) + turned_unit * 3 * queries)
 
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
+    if storing_bytes(work) and layers.window is None:
+        yield Phase("storing", states, scoring=storing_bytes(work))
     turned, turning = turned_bytes(work, layers)
     output = unit * queries
     candidates = layers.before + work.step.chunk_tokens

@@ -5,13 +5,15 @@ See `imdc.prefill.recall`, which does it. With N tokens of the text, n of the qu
     blocks     4 Hq n per key of the text, as much of it as `HELD_BYTES` says, and two blocks more
     selection  float32 scores 4 Hkv N, and what selecting needs
     gather     the pairs as they lie in the store and as the memory has them
+
+A store in eight bits has scales besides (`imdc.cache.int8`); what is read of it becomes float32 on the device.
 """
 
 from __future__ import annotations
 
 from itertools import takewhile
 
-from imdc.config import PrefillConfig
+from imdc.config import INT8_GROUP, PrefillConfig
 from imdc.model.backend_rule import KERNELS
 from imdc.model.shape import ModelShape
 from imdc.planner.backend_bytes import selection_bytes
@@ -52,18 +54,82 @@ def recall_bytes(work: Work, layers: Layers) -> int:
     block = min(tokens, BLOCK_TOKENS)
     float_copy = 0 if shape.dtype_bytes == 4 else 4 * keys * block
     side = keys * block * shape.dtype_bytes * (on_device + work.compact) + float_copy
+    turning = 0
+    if work.config.recall_dtype == "int8":
+        float_copy = side = 4 * keys * block + on_device * max(_side_bytes(shape, work.config, block))
+        if work.compact:
+            # Keys are turned, in halves beside the result, when there are logits of the blocks before.
+            before = [sum(logits[: min(number, held)]) + sum(logits[held:number][-1:]) for number in range(len(logits))]
+            turning = max(map(sum, zip(before, (10 * keys * len(one) for one in blocks(tokens)), strict=True)))
     rest = logits[held:]
     scores, out = 4 * shape.kv_heads * tokens, rows * shape.dtype_bytes * queries
     own = 4 * rows * rows * shape.q_heads
     # While keys are compared, and on a GPU the log-sum-exp has a copy of a block; what the question attends to of
     # itself; then values are added up, and what is not kept is compared again.
-    passes = (side + on_device * logits[0], own, scores + (side if rest else float_copy))
-    most = sum(logits[:held]) + sum(rest[:2]) + max(passes)
+    whole = recalls_whole(shape.max_positions, rows, tokens, work.compact)
+    passes = (side + on_device * logits[0], own, scores + (side if rest else whole * float_copy))
+    most = max(sum(logits[:held]) + sum(rest[:2]) + max(passes), turning)
     most += own + 4 * rows * (2 * queries + shape.q_heads) + rows * rows
     most += rows * shape.dtype_bytes * (queries + keys) * work.compact
     chosen = 8 * shape.kv_heads * layers.before
-    gathered = keys * layers.before * shape.dtype_bytes * (3 if on_device else 4)
+    gathered = _gathering_bytes(work, layers.before)
     return max(most, out + scores + max(selection_bytes(work, tokens, layers.before), chosen + gathered))
+
+
+def _gathering_bytes(work: Work, kept: int) -> int:
+    """Bytes alive while `kept` pairs are taken: keys, and values both as they lie in the store and as they will be."""
+    shape = work.shape
+    pairs = kept * shape.kv_heads * shape.head_dim
+    if work.config.recall_dtype == "model":
+        return 3 * pairs * shape.dtype_bytes
+    # Codes, their numbers in float32 and the steps or zeros of each, by the group of each; scales.
+    scales = _side_bytes(shape, work.config, work.recalled)[0] - work.recalled * shape.kv_heads * shape.head_dim
+    keys = 9 * pairs + 8 * kept * shape.kv_heads + scales * (work.backend in KERNELS)
+    values = _side_bytes(shape, work.config, kept)[1] + pairs * (4 + 2 * shape.dtype_bytes)
+    return max(keys, values)
+
+
+def _side_bytes(shape: ModelShape, config: PrefillConfig, tokens: int) -> tuple[int, int]:
+    """Bytes that keys and values of so many tokens take in the store, in one layer; the first one begins a group."""
+    if config.recall_dtype == "model":
+        half = tokens * shape.kv_bytes_per_token // 2
+        return half, half
+    width, scales = shape.kv_heads * shape.head_dim, 2 * 4
+    return width * (tokens + scales * -(-tokens // INT8_GROUP)), tokens * (width + scales * shape.kv_heads)
+
+
+def storing_bytes(work: Work) -> int:
+    """Bytes that one layer allocates while it puts the pairs of a chunk in eight bits; 0 where it does not."""
+    config, shape = work.config, work.shape
+    if config.recall == "none" or config.recall_dtype == "model" or work.recalled:
+        return 0
+    width = shape.kv_heads * shape.head_dim
+    waiting, stored, left = _grouped(work)
+    filled = -(-stored // INT8_GROUP) * INT8_GROUP
+    # What waited and the chunk in one, the same filled up to whole groups, and what will wait.
+    copies = (waiting + work.step.chunk_tokens) * (waiting > 0) + filled * (filled > stored) + left
+    # Numbers in float32, and their codes.
+    return _side_bytes(shape, config, work.step.chunk_tokens)[1] + width * (copies * shape.dtype_bytes + 5 * filled)
+
+
+def sending_bytes(work: Work) -> int:
+    """Bytes of a chunk that a GPU holds until the host has them, and of keys that wait for the next chunk."""
+    config, shape, tokens = work.config, work.shape, work.step.chunk_tokens
+    if config.recall == "none" or work.recalled:
+        return 0
+    on_device, stored, waits = work.backend in KERNELS, tokens, 0
+    if config.recall_dtype == "int8":
+        waiting, stored, left = _grouped(work)
+        waits = shape.full_layers * max(waiting, left) * shape.kv_bytes_per_token // 2
+    return waits + on_device * (_side_bytes(shape, config, stored)[0] + _side_bytes(shape, config, tokens)[1])
+
+
+def _grouped(work: Work) -> tuple[int, int, int]:
+    """Tokens whose keys waited for the chunk of a step, go to the store with it, and wait for the next one."""
+    waiting = work.step.start % INT8_GROUP
+    found = waiting + work.step.chunk_tokens
+    left = 0 if work.last else found % INT8_GROUP
+    return waiting, found - left, left
 
 
 def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_tokens: int, compact: bool) -> int:
@@ -74,16 +140,23 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
     tokens, rows = batch.prompt_tokens, batch.question_tokens
     if config.recall == "none" or not rows or stored_tokens >= tokens:
         return 0
-    again = sum(map(len, blocks(tokens)[held_blocks(shape.q_heads, rows, tokens) :]))
-    values = tokens if recalls_whole(shape.max_positions, rows, tokens, compact) else 0
-    sides = tokens + values + again + 2 * stored_tokens
-    return shape.full_layers * sides * shape.kv_bytes_per_token // 2
+    read = [_side_bytes(shape, config, len(block)) for block in blocks(tokens)]
+    found = sum(keys for keys, _ in read) + sum(keys for keys, _ in read[held_blocks(shape.q_heads, rows, tokens) :])
+    if recalls_whole(shape.max_positions, rows, tokens, compact):
+        found += sum(values for _, values in read)
+    keys, values = _side_bytes(shape, config, stored_tokens)
+    if config.recall_dtype == "int8":
+        # The keys of any groups, and the scales of all.
+        pairs = shape.kv_heads * shape.head_dim
+        keys = pairs * stored_tokens + _side_bytes(shape, config, tokens)[0] - pairs * tokens
+    return shape.full_layers * (found + keys + values)
 
 
 def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
     """Bytes for all pairs of the texts in the layers that are compressed, on the host or its disk; 0 without recall."""
-    pair = shape.full_layers * shape.kv_bytes_per_token
-    return 0 if config.recall == "none" else batch.rows * batch.prompt_tokens * pair
+    if config.recall == "none":
+        return 0
+    return batch.rows * shape.full_layers * sum(_side_bytes(shape, config, batch.prompt_tokens))
 
 
 def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: int) -> list[str]:
@@ -93,4 +166,5 @@ def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: in
         return []
     reads = f"; one of {batch.question_tokens} tokens reads {format_bytes(moved)}" if moved else ""
     place = "on disk" if config.recall == "disk" else "of host memory"
-    return [f"note: questions take back what each needs from {format_bytes(stored)} {place}{reads}"]
+    kind = "" if config.recall_dtype == "model" else f" ({config.recall_dtype})"
+    return [f"note: questions take back what each needs from {format_bytes(stored)} {place}{kind}{reads}"]

@@ -100,12 +100,16 @@ class Recall:
             sink_tokens=self.config.sink_tokens,
             recent_tokens=0,
         )
-        index = places.to("cpu").transpose(1, 2)[..., None].expand(-1, -1, -1, own_k.shape[3])
-        keys, values = (side[layer].gather(1, index) for side in (self.store.keys, self.store.values))
-        self.moved_bytes += keys.nbytes + values.nbytes
-        keys, values = (x.to(q.device).transpose(1, 2).contiguous() for x in (keys, values))
+        places = places.to("cpu").transpose(1, 2)
+        keys, values = (self._taken(side, layer, places, q) for side in ("keys", "values"))
         self.seconds += time.perf_counter() - began
         return keys, values, out
+
+    def _taken(self, side: str, layer: int, places: Tensor, like: Tensor) -> Tensor:
+        """Keys or values [1, Hkv, m, D] of the tokens `places` [1, m, Hkv], as `like` in dtype and device."""
+        states, moved = self.store.gather(side, layer, places, like.device)
+        self.moved_bytes += moved
+        return states.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def _attend(
         self, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, scale: float, softcap: float | None
@@ -143,21 +147,23 @@ class Recall:
 
     def _values(self, layer: int, block: range, device: torch.device) -> Tensor:
         """Values float32 [Hkv, block, D] of the tokens of `block`."""
-        values = self.store.values[layer][:, block.start : block.stop]
-        self.moved_bytes += values.nbytes
-        return values.to(device, non_blocking=True).transpose(1, 2)[0].float()
+        return self._read("values", layer, block, device)[0].float()
 
     def _block(
         self, layer: int, block: range, asking: Tensor, span: int, scale: float, softcap: float | None
     ) -> Tensor:
         """Logits float32 [Hkv, group * n, block] of the keys of `block`."""
-        keys = self.store.keys[layer][:, block.start : block.stop]
-        self.moved_bytes += keys.nbytes
-        keys = keys.to(asking.device, non_blocking=True).transpose(1, 2)
+        keys = self._read("keys", layer, block, asking.device)
         if self.compact:
             places = torch.arange(block.start, block.stop, device=asking.device)
             keys = self._turned(layer, keys, places * span // self.store.tokens)
         return _logits(asking, keys[0], scale, softcap)
+
+    def _read(self, side: str, layer: int, block: range, device: torch.device) -> Tensor:
+        """Keys or values [1, Hkv, block, D] of the tokens of `block`."""
+        states, moved = self.store.block(side, layer, block, device)
+        self.moved_bytes += moved
+        return states.transpose(1, 2)
 
     def _turned(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
         tables: Any = self.parts.rotary(layer, positions, states.dtype)
@@ -195,7 +201,7 @@ def text_store(parts: Parts, config: PrefillConfig, tokens: int, available: int 
     if config.recall == "none" or not parts.full_layers:
         return None
     shape = ModelShape.from_model(parts.model)
-    needed = recalling.host_bytes(shape, Batch(tokens), config)
+    needed, int8 = recalling.host_bytes(shape, Batch(tokens), config), config.recall_dtype == "int8"
     if config.recall_limit is not None and needed > config.recall_limit:
         raise ConfigError(
             f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, more than "
@@ -213,13 +219,13 @@ def text_store(parts: Parts, config: PrefillConfig, tokens: int, available: int 
                 f"recall='disk' stores {format_bytes(needed)} for {tokens} tokens, and {os.fspath(folder)!r} has "
                 f"{format_bytes(free)} free; name a folder on another disk with recall_dir, or read a shorter document"
             )
-        return HostStore(parts.full_layers, tokens, folder)
+        return HostStore(parts.full_layers, tokens, folder, int8=int8)
     if config.recall_limit is None and available is not None and needed > available:
         raise ConfigError(
             f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, and only "
             f"{format_bytes(available)} of host memory are available; take recall='disk', or read a shorter document"
         )
-    return HostStore(parts.full_layers, tokens)
+    return HostStore(parts.full_layers, tokens, int8=int8)
 
 
 def _logits(asking: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
