@@ -74,6 +74,20 @@ def test_what_is_read_is_asked(
     assert "tokens read in" in shown(capsys, *read)
 
 
+def test_pairs_are_read_into_eight_bits(
+    document: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, saved = str(tiny_model_dir), str(tmp_path / "document.imdc")
+    store = ["--recall", "host", "--recall-dtype", "int8"]
+    read = ["read", "--model", model, "--file", str(document), "--save", saved, *SMALL, *store]
+    stored = json.loads(shown(capsys, *read, "--json"))["host_bytes"]
+    plan = ["plan", model, "--prompt-tokens", "420", "--dtype", "float32", "--json", *SMALL, *store]
+    assert json.loads(shown(capsys, *plan))["host_bytes"] == stored < 0.45 * 420 * 3 * 2 * 2 * 16 * 4
+    assert "all pairs in host memory as int8" in shown(capsys, *read)
+    answers = json.loads(shown(capsys, "ask", saved, "--model", model, "--question", "Why?", "--json"))
+    assert answers["host_bytes"] == stored and answers["answers"][0]["recalled_bytes"] > 0
+
+
 def test_given_questions_vote_in_place_of_general_ones(
     document: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -100,6 +114,7 @@ def test_given_questions_vote_in_place_of_general_ones(
         (["--observer", "window", "--question", "Why?"], "no effect with observer='window'"),
         (["--recall", "host", "--recall-limit", "1KiB"], "recall_limit=1024"),
         (["--recall-limit", "1GiB"], "no effect with recall='none'"),
+        (["--recall-dtype", "int8"], "recall_dtype='int8' has no effect with recall='none'"),
     ],
 )
 def test_bad_input_of_read_is_one_line(

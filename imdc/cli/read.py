@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"model": args.model, "config": report.config.as_dict(), **values, **sizes}, indent=2))
         return 0
     place = "on disk" if config.recall == "disk" else "in host memory"
-    stored = f", all pairs {place} {format_bytes(report.host_bytes)}" if report.host_bytes else ""
+    kind = "" if config.recall_dtype == "model" else f" as {config.recall_dtype}"
+    stored = f", all pairs {place}{kind} {format_bytes(report.host_bytes)}" if report.host_bytes else ""
     print(
         f"{format_tokens(report.prompt_tokens)} tokens read in {seconds:.1f} s. KV cache "
         f"{format_bytes(report.kv_bytes)} ({format_tokens(report.memory_tokens)} pairs per layer and head){stored}.\n"
