@@ -111,6 +111,17 @@ def test_prediction_knows_the_blocks_of_a_long_text(
     assert made.question_moved_bytes == moved
 
 
+@pytest.mark.parametrize("recall_dtype", ["model", "int8"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_prediction_knows_what_little_is_asked_of_a_large_memory(positions: str, recall_dtype: str) -> None:
+    """Logits are few: what counts is the keys that are turned or the pairs that are taken."""
+    model = FAMILIES["llama"](num_key_value_heads=4, intermediate_size=8).to(torch.bfloat16)
+    options = {"recall": "host", "recall_dtype": recall_dtype, "positions": positions, "memory_tokens": 800}
+    made, measured, moved = read_and_ask(model, 2, 1, **options)
+    assert asking_peak(made) / measured == pytest.approx(1.0, abs=0.03)
+    assert made.question_moved_bytes == moved
+
+
 def test_a_limit_leaves_room_for_the_questions() -> None:
     """The chunk of "auto" is chosen so that reading and asking fit, and asking takes a second memory."""
     model = FAMILIES["llama"]()

@@ -53,14 +53,18 @@ def recall_bytes(work: Work, layers: Layers) -> int:
     held = held_blocks(shape.q_heads, rows, tokens)
     block = min(tokens, BLOCK_TOKENS)
     float_copy = 0 if shape.dtype_bytes == 4 else 4 * keys * block
-    side = keys * block * shape.dtype_bytes * (on_device + work.compact) + float_copy
-    turning = 0
+    # Keys as they are turned: in eight bits they are float32 by then.
+    turned, there = shape.dtype_bytes, on_device * max(_side_bytes(shape, work.config, block))
+    side = there + turned * keys * block * work.compact + float_copy
     if work.config.recall_dtype == "int8":
-        float_copy = side = 4 * keys * block + on_device * max(_side_bytes(shape, work.config, block))
-        if work.compact:
-            # Keys are turned, in halves beside the result, when there are logits of the blocks before.
-            before = [sum(logits[: min(number, held)]) + sum(logits[held:number][-1:]) for number in range(len(logits))]
-            turning = max(map(sum, zip(before, (10 * keys * len(one) for one in blocks(tokens)), strict=True)))
+        turned, there = 4, there + 4 * keys * block
+        float_copy = side = there
+    turning = 0
+    if work.compact:
+        # In halves beside the result, with their tables, when there are logits of the blocks before.
+        before = [sum(logits[: min(number, held)]) + sum(logits[held:number][-1:]) for number in range(len(logits))]
+        each = (there + turned * (3 * keys // 2 + 2 * shape.rotary) * block) // block
+        turning = max(done + each * len(one) for done, one in zip(before, blocks(tokens), strict=True))
     rest = logits[held:]
     scores, out = 4 * shape.kv_heads * tokens, rows * shape.dtype_bytes * queries
     own = 4 * rows * rows * shape.q_heads
