@@ -3,9 +3,11 @@
     python bench/fidelity.py --output DIR
     python bench/fidelity.py --output DIR --memory 1/8 --methods full,fm,imdc,imdc:initial_memory=0.25 --records 40
 
-Real questions (F1 by LongBench's rules) and needles, all of them known while the prompt is read (query-aware). Every
-answer is a line of JSON as soon as it is there, and the same command goes on with a run that was cut off or was up. The
-default run ends within two hours on one core of two; more needs `--max-minutes`.
+Real questions (F1 by LongBench's rules), and answers that were planted: needles (numbers, words, two at once),
+LongEval's lines, pairs of a JSON object. With the observer "prompt_tail" they are known while the prompt is read
+(query-aware). `--tails` asks nothing, but how likely a novel is to go on as it does; give it an observer that needs no
+question. Every answer is a line of JSON as soon as it is there, and the same command goes on with a run that was cut
+off or was up. The default run ends within two hours on one core of two; more needs `--max-minutes`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import begin
-from fidelity_questions import QA_TASKS, Question, needle_questions, qa_questions, qa_records
+from fidelity_planted import questions as planted_questions
+from fidelity_questions import QA_TASKS, Question, qa_questions, qa_records
 from fidelity_read import read
 from fidelity_report import draw, markdown, summarize
 from fidelity_ways import parse_methods
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             model, tokenizer = load_model(begin.model_source(name), dtype=args.dtype)
             questions = [
                 *qa_questions(tokenizer, records, args.records, (args.min_prompt_tokens, args.max_prompt_tokens)),
-                *needle_questions(tokenizer, args.books, args.needles, args.needle_tokens, args.seed),
+                *planted_questions(tokenizer, args),
             ]
             wanted += len(questions) * len(ways)
             # Each model has its share of the time, so that none goes without.
@@ -106,9 +109,10 @@ def answer_all(
                 sample = {"model": name, "key": key, **read(model, tokenizer, question, way, unpatched)}
                 store.add(sample)
                 done[key, record.task.name, record.id] = sample
+                score = "" if sample["score"] is None else f"score {sample['score']:.2f}, "
                 print(
-                    f"[{there + 1}/{total}] {name} {record.task.name} {record.id}, {way.name}: score "
-                    f"{sample['score']:.2f}, {sample['gold_nats']:.2f} nats, {sample['prompt_tokens']:,} tokens, "
+                    f"[{there + 1}/{total}] {name} {record.task.name} {record.id}, {way.name}: "
+                    f"{score}{sample['gold_nats']:.2f} nats, {sample['prompt_tokens']:,} tokens, "
                     f"{sample['seconds']:.1f} s",
                     file=sys.stderr,
                     flush=True,
@@ -143,17 +147,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         default="full,one-shot,fm,im,imdc",
-        help="METHOD[:OPTION=VALUE]... with commas between them; one-shot compresses once, after reading everything",
+        help="METHOD[:OPTION=VALUE]... with commas between them; one-shot compresses once, after reading everything, "
+        "append-only each chunk once",
     )
     parser.add_argument("--memory", default="1/8,1/16", help="shares of the prompt (default: 1/8,1/16)")
     parser.add_argument("--chunk-tokens", default="512", help="mean tokens per step, or a share of the prompt")
     parser.add_argument("--observer", choices=list(OBSERVERS), default=PrefillConfig().observer)
-    parser.add_argument("--tasks", default=",".join(QA_TASKS), help="QA tasks of LongBench that F1 judges")
+    parser.add_argument("--tasks", default=",".join(QA_TASKS), help="QA tasks of LongBench and L-Eval that F1 judges")
     parser.add_argument(
         "--data-dir",
         type=Path,
         nargs="+",
-        default=[_DATA / "minilongbench", _DATA / "longbench"],
+        default=[_DATA / "minilongbench", _DATA / "longbench", _DATA / "leval"],
         help="folders with TASK.jsonl or TASK.sample.jsonl",
     )
     parser.add_argument("--records", type=int, default=12, help="QA records")
@@ -161,7 +166,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-prompt-tokens", type=int, default=5120)
     parser.add_argument("--books", type=Path, default=_DATA / "books", help="novels that needles are planted in")
     parser.add_argument("--needles", type=int, default=8)
-    parser.add_argument("--needle-tokens", type=int, default=4096)
+    parser.add_argument("--words", type=int, default=4, help="needles that are a word, among five others")
+    parser.add_argument("--two-facts", type=int, default=4, help="questions for two of six needles at once")
+    parser.add_argument("--needle-tokens", type=int, default=4096, help="of a prompt with needles")
+    parser.add_argument("--tails", type=int, default=0, help="novels that go on")
+    parser.add_argument("--tail-tokens", type=int, default=6144, help="read of a novel before its tail")
+    parser.add_argument("--lines", type=int, default=4, help="questions of LongEval")
+    parser.add_argument(
+        "--longeval", type=Path, default=_DATA / "longeval_lines" / "200_lines.jsonl", help="file of LongEval's lines"
+    )
+    parser.add_argument("--pairs", type=int, default=4, help="questions for the value of a key")
+    parser.add_argument(
+        "--pairs-file", type=Path, default=_DATA / "kv_retrieval" / "kv-retrieval-75_keys.jsonl", help="JSON objects"
+    )
     parser.add_argument("--max-minutes", type=float, default=110, help="begin no further answer after so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="of records, needles and intervals")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: its own choice)")

@@ -1,52 +1,54 @@
-"""What `fidelity.py` asks: real questions about real texts, and facts planted in novels."""
+"""Real questions of `fidelity.py`, QA of LongBench and L-Eval, and what a question is."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import needle
 from longbench_data import DataError, Record, in_order, read_file
 from longbench_metrics import score
-from longbench_tasks import Task, get_task
+from longbench_tasks import get_task
+from questions_data import F1, leval_documents
 
 from imdc.cli.prompts import chat_prompt, encode_prompt
 
-QA_TASKS = ("qasper", "multifieldqa_en", "2wikimqa", "hotpotqa", "musique", "narrativeqa")
+_LEVAL = "multidoc_qa"
+QA_TASKS = ("qasper", "multifieldqa_en", "2wikimqa", "hotpotqa", "musique", "narrativeqa", _LEVAL)
 _ENDINGS = (".jsonl", ".sample.jsonl")
-_NEEDLE = Task(
-    name="needle",
-    category="needle",
-    language="en",
-    metric="found",
-    template="",
-    max_new_tokens=32,
-    chat=False,
-    first_line_only=False,
-)
+# The metric of what was planted: a reply is right if it has all answers in it.
+FOUND = "found"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A record and the tokens of its prompt, chat template included."""
+    """A record and its tokens.
+
+    Attributes:
+        record: what is asked, and the right answers.
+        ids: tokens of the prompt, chat template included.
+        gold: tokens whose likelihood is measured: how a right answer goes, or a text goes on. Empty is the record's
+            first answer.
+    """
 
     record: Record
     ids: list[int]
+    gold: list[int] = field(default_factory=list)
 
     @property
     def group(self) -> str:
         """Line of the table that it counts for."""
-        return "needle" if self.record.task is _NEEDLE else "QA"
+        return self.record.task.category if self.record.task.metric == FOUND else "QA"
 
-    def score(self, prediction: str) -> float:
-        """F1 of a QA answer against the best of the gold answers; 1 or 0 for a needle."""
+    def score(self, reply: str) -> float | None:
+        """F1 against the best of the right answers; 1 or 0 for what was planted; None where nothing was asked."""
         record = self.record
-        if record.task is _NEEDLE:
-            return float(any(answer in prediction for answer in record.answers))
-        return score(record.task, prediction, record.answers, record.all_classes)
+        if not record.answers:
+            return None
+        if record.task.metric == FOUND:
+            return float(all(answer.lower() in reply.lower() for answer in record.answers))
+        return score(record.task, reply, record.answers, record.all_classes)
 
 
 def qa_records(folders: Sequence[Path], tasks: Sequence[str], seed: int) -> list[Record]:
@@ -58,7 +60,7 @@ def qa_records(folders: Sequence[Path], tasks: Sequence[str], seed: int) -> list
     found: dict[str, list[Record]] = {}
     for name in tasks:
         paths = [path for folder in folders for ending in _ENDINGS if (path := folder / f"{name}{ending}").is_file()]
-        records = [record for path in paths for record in read_file(get_task(name), path)]
+        records = [record for path in paths for record in _read(name, path)]
         if len({record.id for record in records}) < len(records):
             raise DataError(f"{name}: two records have the same id in {', '.join(path.name for path in paths)}")
         if records:
@@ -82,25 +84,17 @@ def qa_questions(tokenizer: Any, records: Sequence[Record], limit: int, tokens: 
     return chosen
 
 
-def needle_questions(tokenizer: Any, books: Path, samples: int, prompt_tokens: int, seed: int) -> list[Question]:
-    """Needles of `bench/needle.py`: its samples at this length and seed.
+def _read(name: str, path: Path) -> list[Record]:
+    return _leval(path) if name == _LEVAL else read_file(get_task(name), path)
 
-    Raises:
-        ImdcError: no books, or one is too short.
-    """
-    if not samples:
-        return []
-    wanted = argparse.Namespace(data=books, samples=samples, prompt_tokens=prompt_tokens, seed=seed)
-    questions = []
-    for number, sample in enumerate(needle.make_samples(tokenizer, wanted)):
-        record = Record(
-            task=_NEEDLE,
-            id=f"{prompt_tokens}-{number}",
-            prompt=sample.haystack.prompt,
-            answers=(sample.haystack.needle.answer,),
-            all_classes=None,
-            length=None,
-            official=True,
-        )
-        questions.append(Question(record, encode_prompt(tokenizer, record.prompt)))
-    return questions
+
+def _leval(path: Path) -> list[Record]:
+    """Every question of L-Eval's documents in `path` as a record of its own; documents are in the file twice."""
+    task = replace(F1, name=_LEVAL)
+    found: dict[str, Record] = {}
+    for document in leval_documents(path):
+        for number, (question, answer) in enumerate(zip(document.questions, document.answers, strict=True)):
+            prompt = f"{document.text}\n\n{question}"
+            one = Record(task, f"{document.number}-{number}", prompt, (answer,), None, None, official=False)
+            found.setdefault(one.sha, one)
+    return list(found.values())

@@ -17,7 +17,8 @@ from transformers import DynamicCache
 import imdc
 from imdc.model import hf
 
-# Answers are scored by so many of their tokens: enough for nearly all right ones, and each takes a decoding step.
+# Answers are scored by so many of their tokens: enough for nearly all right ones, and each takes a decoding step. How
+# a text goes on is scored by all that is given of it.
 _MOST_SCORED = 32
 
 
@@ -34,12 +35,12 @@ def read(model: Any, tokenizer: Any, question: Question, way: Way, unpatched: Se
 
     Returns:
         Values for one line of JSON. `gold_nats` and `own_nats` are mean negative log-likelihoods of a token: of the
-        first gold answer, and of the unpatched model's own answer. The latter says what a way loses of the model's
-        answer also where that is wrong. `seconds` is the time to the first token and of the greedy answer; scoring is
-        not counted.
+        right answer, or of how the text goes on, and of the unpatched model's own answer. The latter says what a way
+        loses of the model's answer also where that is wrong. `seconds` is the time to the first token and of the
+        greedy answer; scoring is not counted.
     """
     record, ids = question.record, torch.tensor([question.ids], device=model.device)
-    gold = tokenizer(record.answers[0], add_special_tokens=False).input_ids
+    gold = question.gold or tokenizer(record.answers[0], add_special_tokens=False).input_ids[:_MOST_SCORED]
     config = way.config(len(question.ids))
     with _cache(model, config) as (cache, handle):
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -50,7 +51,7 @@ def read(model: Any, tokenizer: Any, question: Question, way: Way, unpatched: Se
         began = time.perf_counter()
         new = _greedy(model, cache, logits, record.task.max_new_tokens)
         seconds = time.perf_counter() - began
-        own_nats = _nats(model, before, logits, new if config is None else unpatched)
+        own_nats = _nats(model, before, logits, (new if config is None else unpatched or [])[:_MOST_SCORED])
         steps = [] if handle is None or handle.report is None else handle.report.steps
         plan = [[step.chunk_tokens, step.memory_before, step.memory_after] for step in steps]
     prediction = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
@@ -93,16 +94,19 @@ def _forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
     return logits[0, -1].float()
 
 
-def _nats(model: Any, cache: Any, logits: Tensor, answer: Sequence[int] | None) -> float | None:
-    """Mean negative log-likelihood of `answer`; token by token, because several would be a turn that is compressed."""
-    if answer is None:
+def _nats(model: Any, cache: Any, logits: Tensor, answer: Sequence[int]) -> float | None:
+    """Mean negative log-likelihood of `answer`, None where it is empty.
+
+    Token by token, because several would be a turn that is compressed.
+    """
+    if not answer:
         return None
-    total, scored = 0.0, answer[:_MOST_SCORED]
-    for position, token in enumerate(scored):
+    total = 0.0
+    for position, token in enumerate(answer):
         total -= float(torch.log_softmax(logits, dim=-1)[token])
-        if position + 1 < len(scored):
+        if position + 1 < len(answer):
             logits = _forward(model, torch.tensor([[token]], device=model.device), cache)
-    return total / len(scored)
+    return total / len(answer)
 
 
 def _greedy(model: Any, cache: Any, logits: Tensor, most: int) -> list[int]:

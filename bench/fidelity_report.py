@@ -21,9 +21,10 @@ _MEASURES = (
 )
 _BASE = "fm"
 _NOTE = (
-    "Scores are F1 (QA) or the share of needles found, times 100. Nats are the mean negative log-likelihood of an "
-    "answer's tokens, the right one's or the unpatched model's own; less is better. Brackets hold 95% intervals over "
-    "questions drawn anew; differences are paired with FM at the same memory. Seconds are means per question."
+    "Scores are F1 (QA) or the share of answers found, times 100. Nats are the mean negative log-likelihood of an "
+    "answer's tokens, the right one's (for a novel's tail: of how it goes on) or the unpatched model's own; less is "
+    "better. Brackets hold 95% intervals over questions drawn anew; differences are paired with FM at the same memory. "
+    "Seconds are means per question."
 )
 
 
@@ -104,7 +105,7 @@ def _cell(interval: Sequence[float] | None, form: str) -> str:
 
 
 def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Score over memory, a curve per method, a panel per model and group of questions.
+    """Score (nats where there is none) over memory, a curve per method, a panel per model and group of questions.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -122,18 +123,19 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     )
     for (model, group), axis in zip(panels, axes[0], strict=True):
         own = [line for line in lines if (line["model"], line["questions"]) == (model, group)]
+        measure = "score" if "score" in own[0] else "gold_nats"
         for at, method in enumerate(dict.fromkeys(line["method"] for line in own)):
             curve = [line for line in own if line["method"] == method]
             if not curve[0]["memory"]:
-                axis.axhline(curve[0]["score"][0], color="black", linestyle="--", label=method)
+                axis.axhline(curve[0][measure][0], color="black", linestyle="--", label=method)
                 continue
             curve.sort(key=lambda line: _share(line["memory"]))
-            means, lows, highs = (np.array([line["score"][place] for line in curve]) for place in range(3))
+            means, lows, highs = (np.array([line[measure][place] for line in curve]) for place in range(3))
             # Apart from each other by a little, so that the intervals can be told.
             places = [_share(line["memory"]) * 1.03**at for line in curve]
             axis.errorbar(places, means, yerr=(means - lows, highs - means), marker="o", capsize=3, label=method)
         axis.set_xscale("log", base=2)
-        axis.set(title=f"{model}, {group}, n = {own[0]['count']}", xlabel="memory, share of the prompt", ylabel="score")
+        axis.set(title=f"{model}, {group}, n = {own[0]['count']}", xlabel="memory, share of the prompt", ylabel=measure)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

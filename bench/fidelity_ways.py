@@ -4,17 +4,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from longbench_ways import FULL, SCHEDULES, Amount, Way, WayError
 
 from imdc.config import PrefillConfig, option_names
 from imdc.errors import did_you_mean
+from imdc.observers import OBSERVERS, AttentionObserver
 
-ONE_SHOT = "one-shot"
-METHODS = (*SCHEDULES, ONE_SHOT)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from imdc.prefill.observation import Observation
+
+ONE_SHOT, APPEND_ONLY = "one-shot", "append-only"
+METHODS = (*SCHEDULES, ONE_SHOT, APPEND_ONLY)
 # What `Way` fills in itself.
 _TAKEN = ("schedule", "memory_tokens", "chunk_tokens", "observer")
+
+
+class AppendOnly(AttentionObserver):
+    """Retains for good what was retained once: only a chunk's own pairs compete, as another observer scores them."""
+
+    name = "append_only"
+
+    def __init__(self, base: AttentionObserver) -> None:
+        """`base` scores."""
+        self.base = base
+        self.query_aware, self.rides_along = base.query_aware, base.rides_along
+
+    def queries(self, config: PrefillConfig, chunk_tokens: int) -> int | None:
+        """As the other."""
+        return self.base.queries(config, chunk_tokens)
+
+    def score(self, seen: Observation) -> Tensor:
+        """The other's, and more than any of them for what is memory already."""
+        scores = self.base.score(seen)
+        scores[:, :, : seen.scored_keys - seen.chunk_tokens] = float("inf")
+        return scores
+
+
+class AppendOnlyWay(Way):
+    """Memory grows by the same amount at every step, and nothing in it is evicted again."""
+
+    @property
+    def key(self) -> str:
+        """Not that of "im", whose options it has."""
+        return f"{APPEND_ONLY} {super().key}"
+
+    def config(self, prompt_tokens: int) -> PrefillConfig | None:
+        """As of the schedule "im", from what one step may keep on."""
+        config = super().config(prompt_tokens)
+        base = OBSERVERS[str(self.observer)]
+        assert config is not None and isinstance(base, AttentionObserver)
+        steps = -(-prompt_tokens // config.chunk_tokens)
+        least = config.sink_tokens + config.recent_tokens
+        first = max(config.memory_tokens // steps, min(config.memory_tokens, least))
+        return replace(config, observer=AppendOnly(base), initial_memory=first)
 
 
 def parse_methods(text: str, *, shares: Sequence[Amount], chunk: Amount, observer: str) -> list[Way]:
@@ -22,6 +69,7 @@ def parse_methods(text: str, *, shares: Sequence[Amount], chunk: Amount, observe
 
     "one-shot" reads the whole prompt in one chunk and compresses once, at its end, as SnapKV does on the full cache:
     what the same observer retains when nothing had to be dropped before all was seen. It bounds no memory.
+    "append-only" compresses every chunk once, into an equal part of the memory, and leaves it at that.
 
     Args:
         text: METHOD[:OPTION=VALUE]... with commas between them, such as "full,fm,imdc,imdc:initial_memory=256".
@@ -49,9 +97,15 @@ def parse_methods(text: str, *, shares: Sequence[Amount], chunk: Amount, observe
                 raise WayError(f"--methods {word!r}: {FULL} is the unpatched model, which has no options")
             ways.append(Way(word, FULL))
             continue
-        schedule, size = ("fm", Amount.parse("100%")) if method == ONE_SHOT else (method, chunk)
+        kind, schedule, size = Way, method, chunk
+        if method == ONE_SHOT:
+            schedule, size = "fm", Amount.parse("100%")
+        elif method == APPEND_ONLY:
+            kind, schedule = AppendOnlyWay, "im"
+            if not isinstance(OBSERVERS[observer], AttentionObserver):
+                raise WayError(f"--methods {word!r}: --observer {observer!r} scores by no attention; take another")
         for share in shares:
-            way = Way(f"{word}@{share.text}", schedule, observer, share, size, options)
+            way = kind(f"{word}@{share.text}", schedule, observer, share, size, options)
             # Whatever does not work is said before a model is loaded.
             way.config(4096)
             ways.append(way)

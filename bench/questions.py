@@ -22,9 +22,9 @@ from typing import Any
 
 from begin import model_source, run
 from questions_data import HAYSTACKS, LEVAL, Document, documents
+from questions_report import document_of, draw, table
 from record import ROOT, circumstances, relative
 from rich.console import Console
-from rich.table import Table
 
 import imdc
 from imdc.cli.document import GENERIC_QUESTIONS, Frame
@@ -85,42 +85,13 @@ def measure(model: Any, tokenizer: Any, one: Document, way: str, share: int, chu
     }
 
 
-def table(lines: Sequence[dict[str, Any]]) -> Table:
-    """Scores and seconds, by model, data, way and memory; the last column has its share of the reading in it."""
-    shown = Table(title="One read, many questions", title_justify="left")
-    left = ("model", "data", "way")
-    for heading in (*left, "memory", "documents", "score", "of", "of full's", "read s", "question s", "all in s"):
-        shown.add_column(heading, justify="left" if heading in left else "right")
-    groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["model"], line["data"], line["way"], line["share"]), []).append(line)
-    full = {_of(line): sum(line["scores"]) for line in lines if line["way"] == "full"}
-    for (model, data, way, share), group in groups.items():
-        found, count = sum(sum(line["scores"]) for line in group), sum(len(line["scores"]) for line in group)
-        # Over the same documents alone.
-        same = [line for line in group if _of(line) in full]
-        most = sum(full[_of(line)] for line in same)
-        ratio = f"{sum(sum(line['scores']) for line in same) / most:.2f}" if most else ""
-        read = sum(line["read_seconds"] for line in group)
-        each = sum(sum(line["question_seconds"]) for line in group) / count
-        memory, times = "all" if way == "full" else f"1/{share}", (read / len(group), each, read / count + each)
-        score = f"{found:.0f}" if found == int(found) else f"{found:.1f}"
-        cells = (str(len(group)), score, str(count), ratio, *(f"{seconds:.2f}" for seconds in times))
-        shown.add_row(model, data, way, memory, *cells)
-    return shown
-
-
-def _of(line: dict[str, Any]) -> tuple[str, str, int]:
-    return line["model"], line["data"], line["seed"]
-
-
 def benchmark(args: argparse.Namespace) -> int:
     """Run what is not in the output yet; 0 when all is there, 1 when time was up."""
     deadline = time.perf_counter() + 60 * args.max_minutes
     lines = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     if not all("scores" in line for line in lines):
         raise ImdcError(f"{args.output.name} has lines of another version of this benchmark; give another --output")
-    done = {(*_of(line), line["way"], line["share"]) for line in lines}
+    done = {(*document_of(line), line["way"], line["share"]) for line in lines}
     started, up = circumstances(), False
     for source in args.models.split(","):
         model, tokenizer = load_model(model_source(source), dtype=args.dtype)
@@ -140,6 +111,12 @@ def benchmark(args: argparse.Namespace) -> int:
                 found = f"{sum(line['scores']):.1f}/{len(line['scores'])}"
                 print(f"{name} {args.data} {one.number} {way} 1/{share}: {found}", file=sys.stderr, flush=True)
     Console().print(table(lines))
+    picture = args.output.with_suffix(".png")
+    try:
+        draw(lines, picture)
+        print(f"The picture is {picture.name}")
+    except ImportError:
+        print(f"{picture.name} is left out: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
     if up:
         print("--max-minutes is up; the same command goes on", file=sys.stderr)
     return _UNFINISHED if up else 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from begin import book_texts
@@ -31,7 +33,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "favourite animal": ("hedgehog", "otter", "peacock", "tortoise", "badger", "falcon"),
     "wedding month": ("January", "February", "April", "July", "October", "November"),
 }
-_F1 = Task(
+F1 = Task(
     name="leval",
     category="leval",
     language="en",
@@ -70,7 +72,7 @@ class Document:
             return float(answer.lower() in reply.lower())
         if self.metric == "letters":
             return float(letters(reply) == letters(answer))
-        return score(_F1, reply, [answer], None)
+        return score(F1, reply, [answer], None)
 
 
 def letters(text: str) -> str:
@@ -96,13 +98,14 @@ def documents(args: Any, tokenizer: Any) -> Iterator[Document]:
     path = args.leval / f"{args.data}.jsonl"
     if not path.is_file():
         raise ImdcError(f"no file {path.name} in {args.leval.name}; name L-Eval's folder with --leval")
-    taken = 0
+    short = (one for one in leval_documents(path) if len(tokenizer(one.text).input_ids) <= args.prompt_tokens)
+    yield from itertools.islice(short, args.documents)
+
+
+def leval_documents(path: Path) -> Iterator[Document]:
+    """The documents of a file of L-Eval, whose name says what they are."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        record = json.loads(line)
-        if taken == args.documents or len(tokenizer(record["input"]).input_ids) > args.prompt_tokens:
-            continue
-        taken += 1
-        yield _leval(number, record, args.data)
+        yield _leval(number, json.loads(line), path.stem)
 
 
 def facts(rng: random.Random) -> list[tuple[str, str, str]]:
@@ -144,4 +147,4 @@ def _leval(number: int, record: dict[str, Any], task: str) -> Document:
     hint = {"quality": _CHOICE, "coursera": _CHOICES}.get(task, "")
     questions = tuple(_LEAD_IN + question.strip() + hint for question in record["instructions"])
     answers, metric = tuple(record["outputs"]), "letters" if exam else "f1"
-    return Document(number, record["input"], questions, answers, metric, 8 if exam else _F1.max_new_tokens)
+    return Document(number, record["input"], questions, answers, metric, 8 if exam else F1.max_new_tokens)

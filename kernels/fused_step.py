@@ -66,8 +66,6 @@ def _fused_step_kernel(
     if not DESCRIPTORS:
         k += i_b * stride_kb + i_h * stride_kh
         v += i_b * stride_vb + i_h * stride_vh
-        scored_k += i_b * stride_kb + i_h * stride_kh
-        scored_v += i_b * stride_vb + i_h * stride_vh
     out += i_b * stride_ob + i_h * GROUP * stride_oh + first_query * tl.cast(stride_oq, tl.int64)
 
     p_q = q + (o_query * stride_qq + o_head * stride_qh)[:, None] + o_d[None, :]
@@ -86,7 +84,8 @@ def _fused_step_kernel(
         m_observer = (o_query >= QUERIES - observers) & (o_m < QUERIES * GROUP)
         b_lse = tl.where(m_observer, b_max + tl.log2(b_sum), float("inf"))
         compress_head(
-            b_q, b_out, b_lse, i_row, kv_heads, scored_k, stride_kt, scored_v, stride_vt,
+            b_q, b_out, b_lse, i_row, kv_heads,
+            k if scored_k is None else scored_k, stride_kt, v if scored_v is None else scored_v, stride_vt,
             observers, 1, keys, scale, softcap,
             source_k, stride_sb, stride_sh, stride_st,
             source_v, stride_ub, stride_uh, stride_ut,
@@ -125,7 +124,9 @@ def plan_fused_step(
     block_d = logits["BLOCK_D"]
     passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
     columns = scored_columns(config.columns, rules.scoring)
-    scored_k, scored_v = (descriptor(x, columns, block_d) if config.descriptors else x for x in (k, v))
+    # A descriptor says how large its blocks are; where both walks take the same ones it serves twice.
+    again = config.descriptors and columns != config.columns
+    scored_k, scored_v = (descriptor(x, columns, block_d) if again else None for x in (k, v))
     return Launch(
         kernel=_fused_step_kernel,
         grid=(batch * kv_heads * triton.cdiv(queries, config.rows // logits["GROUP"]),),

@@ -10,12 +10,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from tiny_models import FAMILIES
+
+import imdc
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("rouge")
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-METHODS = "fm,full,one-shot,imdc,imdc:initial_memory=0.25"
+METHODS = "fm,full,one-shot,append-only,imdc:initial_memory=0.25"
+NOTHING_PLANTED = [
+    word for kind in ("needles", "words", "two-facts", "lines", "pairs", "tails") for word in (f"--{kind}", "0")
+]
 Load = Callable[[str], ModuleType]
 
 
@@ -28,7 +35,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.fixture
 def options(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
-    """Two questions and one needle, in five methods at two memories."""
+    """Two questions and one of each planted kind, in five methods at two memories."""
     (tmp_path / "data").mkdir()
     for name, ids in (("qasper.jsonl", "ab"), ("qasper.sample.jsonl", "cd")):
         records = [
@@ -40,9 +47,20 @@ def options(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
         ]  # fmt: skip
         (tmp_path / "data" / name).write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (tmp_path / "book.txt").write_text("The whale rose. Nobody spoke for a while. " * 2000)
+    line = {"prompt": "line a: <1>\n" * 40 + "What is in line a?", "expected_number": 1}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line))
+    pairs = {
+        "ordered_kv_records": [[f"key {one}", f"value {one}"] for one in range(30)],
+        "key": "key 7",
+        "value": "value 7",
+    }
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pairs))
     return [
         "--output", str(tmp_path / "run"), "--models", str(tiny_model_dir), "--data-dir", str(tmp_path / "data"),
-        "--books", str(tmp_path / "book.txt"), "--records", "2", "--min-prompt-tokens", "200", "--needles", "1",
+        "--books", str(tmp_path / "book.txt"), "--records", "2", "--min-prompt-tokens", "200",
+        "--needles", "1", "--words", "1", "--two-facts", "1", "--lines", "1", "--pairs", "1",
+        "--tails", "1", "--tail-tokens", "300",
+        "--longeval", str(tmp_path / "lines.jsonl"), "--pairs-file", str(tmp_path / "pairs.jsonl"),
         "--needle-tokens", "400", "--memory", "100%,1/4", "--chunk-tokens", "1/4", "--methods", METHODS,
         "--out", str(tmp_path / "results"),
     ]  # fmt: skip
@@ -57,13 +75,16 @@ def test_a_run_measures_every_way_of_every_question(
 ) -> None:
     assert load("fidelity").main(options) == 0
     found = {(sample["way"], sample["task"], sample["id"]): sample for sample in answers(tmp_path)}
-    assert len(found) == len(answers(tmp_path)) == 3 * (1 + 4 * 2)
+    assert len(found) == len(answers(tmp_path)) == 8 * (1 + 4 * 2)
     for (way, task, number), sample in found.items():
         full = found["full", task, number]
         if way.endswith("@100%"):
             # What fits is the model's own prefill, so the answer and its likelihood are the same.
             assert sample["tokens"] == full["tokens"]
-            assert sample["own_nats"] == pytest.approx(full["own_nats"], rel=1e-4)
+            if task == "tail":
+                assert sample["own_nats"] is sample["score"] is None
+            else:
+                assert sample["own_nats"] == pytest.approx(full["own_nats"], rel=1e-4)
             assert sample["gold_nats"] == pytest.approx(full["gold_nats"], rel=1e-4)
         elif way != "full":
             assert sample["plan"][-1][2] == pytest.approx(sample["prompt_tokens"] / 4, abs=1)
@@ -74,7 +95,11 @@ def test_a_run_measures_every_way_of_every_question(
     )
     table = capsys.readouterr().out
     assert table.startswith("| model | questions | n |")
-    for words in ("| QA | 2 | 1/4 | imdc:initial_memory=0.25 |", "| needle | 1 | all | full |"):
+    groups = ("needle", "words", "two facts", "lines", "pairs", "tail")
+    for words in (
+        "| QA | 2 | 1/4 | imdc:initial_memory=0.25 |",
+        *(f"| {group} | 1 | all | full |" for group in groups),
+    ):
         assert words in table
     (result,) = (tmp_path / "results").glob("fidelity-*.json")
     assert str(tmp_path) not in result.read_text()
@@ -85,25 +110,44 @@ def test_a_run_measures_every_way_of_every_question(
 
 
 def test_a_run_that_was_up_goes_on(load: Load, options: list[str], tmp_path: Path) -> None:
-    assert load("fidelity").main([*options, "--max-minutes", "0"]) == 1
+    asked = [*options, *NOTHING_PLANTED]
+    assert load("fidelity").main([*asked, "--max-minutes", "0"]) == 1
     assert answers(tmp_path) == []
-    assert load("fidelity").main([*options, "--records", "1", "--needles", "0"]) == 0
+    assert load("fidelity").main([*asked, "--records", "1"]) == 0
     before = answers(tmp_path)
-    assert len(before) == 9
-    assert load("fidelity").main(options) == 0
-    assert answers(tmp_path)[: len(before)] == before
+    assert len(before) == 1 + 4 * 2
+    assert load("fidelity").main(asked) == 0
+    assert answers(tmp_path)[: len(before)] == before and len(answers(tmp_path)) == 2 * len(before)
 
 
 def test_other_data_and_other_settings_are_not_mixed(
     load: Load, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = [*options, "--methods", "full", "--needles", "0", "--records", "4"]
+    short = [*options, *NOTHING_PLANTED, "--methods", "full", "--records", "4"]
     assert load("fidelity").main(short) == 0
     assert load("fidelity").main([*short, "--observer", "window"]) == 2
     path = tmp_path / "data" / "qasper.jsonl"
     path.write_text(path.read_text().replace("It is a.", "It is A."))
     assert load("fidelity").main(short) == 2
     assert "holds an answer to another prompt of qasper a" in capsys.readouterr().err
+
+
+def test_append_only_evicts_nothing_that_it_kept_once(load: Load) -> None:
+    amount = load("longbench_ways").Amount.parse
+    ways = load("fidelity_ways").parse_methods(
+        "append-only,im:initial_memory=0.25", shares=[amount("1/2")], chunk=amount("64"), observer="prompt_tail"
+    )
+    assert len({way.key for way in ways}) == 2
+    ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
+    fallen = []
+    for way in ways:
+        model = FAMILIES["llama"]()
+        with imdc.patch(model, way.config(256)) as handle, imdc.probe(handle) as probe:
+            model(ids, past_key_values=handle.new_cache(), use_cache=True)
+        pairs = probe.result.pairs[1:, ..., 1:]
+        assert pairs[-1].sum(dim=-1).unique().tolist() == [128]
+        fallen.append(bool((pairs.diff(dim=0) < 0).any()))
+    assert fallen == [False, True]
 
 
 @pytest.mark.parametrize(

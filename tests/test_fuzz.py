@@ -320,7 +320,7 @@ def test_calls_that_once_failed(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(max(600, 4 * EXAMPLES))
 @settings(
-    max_examples=EXAMPLES or 200,
+    max_examples=EXAMPLES or 120,
     derandomize=EXAMPLES == 0,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -63,6 +63,23 @@ def test_a_run_goes_on_where_it_stopped(
     assert (own["reads"], known["reads"]) == (6, 1) and own["kv_bytes"] == known["kv_bytes"]
     assert recall["recalled_bytes"] > 0 == known["recalled_bytes"]
     assert "One read, many questions" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_figures_compare_the_documents_that_full_attention_read_too() -> None:
+    def line(way: str, seed: int, *scores: float) -> dict[str, Any]:
+        return {
+            "model": "m", "data": "d", "way": way, "share": 8, "seed": seed, "scores": list(scores),
+            "read_seconds": 4.0, "question_seconds": [1.0, 3.0],
+        }  # fmt: skip
+
+    lines = [line("full", 0, 1.0, 1.0), line("recall", 0, 1.0, 0.0), line("recall", 1, 1.0, 1.0)]
+    full, recall = of_bench("questions_report").figures(lines)
+    assert (full.memory, full.of_full, full.score) == ("all", 1.0, 2.0)
+    assert (recall.memory, recall.documents, recall.questions, recall.score) == ("1/8", 2, 4, 3.0)
+    # Of the second document nobody knows what full attention answers.
+    assert recall.of_full == 0.5
+    assert (recall.read_seconds, recall.question_seconds, recall.all_in_seconds) == (4.0, 2.0, 4.0)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The real model on real documents: a memory that holds the prompt changes nothing."""
+"""The real model on a real text: a memory that holds the prompt changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import imdc
 
 TOKENS = 1_024
-BOOKS = ("dracula.txt", "moby_dick.txt", "pride_and_prejudice.txt")
 
 
 def read(model: PreTrainedModel, ids: torch.Tensor) -> Any:
@@ -29,13 +28,12 @@ def last_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("book", BOOKS)
 def test_memory_that_holds_the_prompt_equals_the_unpatched_model(
-    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], data_dir: Path, book: str
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], data_dir: Path
 ) -> None:
     """The bound is measured in the same run: as if ours and sdpa erred as much as transformers' own eager and sdpa."""
     model, tokenizer = smollm2
-    text = (data_dir / "books" / book).read_text(encoding="utf-8")[40_000:70_000]
+    text = (data_dir / "books" / "moby_dick.txt").read_text(encoding="utf-8")[40_000:70_000]
     ids = torch.tensor([tokenizer(text).input_ids[:TOKENS]])
     assert ids.shape[1] == TOKENS
     own = model.config._attn_implementation
@@ -58,4 +56,4 @@ def test_memory_that_holds_the_prompt_equals_the_unpatched_model(
     assert min(errors) > 0
     apart = (ours.logits[0] - stock.logits[0]).abs().max().item()
     assert apart <= sum(errors)
-    print(f"{book}: errors of sdpa and eager {errors[0]:.2e} and {errors[1]:.2e}, imdc-sdpa {apart:.2e}")
+    print(f"errors of sdpa and eager {errors[0]:.2e} and {errors[1]:.2e}, imdc-sdpa {apart:.2e}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from imdc.config import TAIL_BLOCK, PrefillConfig
+from imdc.config import PrefillConfig
 from imdc.model.backend_rule import Machine
-from imdc.planner.batch import Batch, Kept
+from imdc.planner.batch import Batch, Kept, row_activations, row_logits, tail_room
 from imdc.planner.footprint import StepFootprint, predict
 from imdc.schedule import Step
 
@@ -42,14 +42,11 @@ def predict_question(
 
 def _answering(batch: Batch, branch: Kept) -> StepFootprint:
     """One row is decoded without a mask: each layer makes room in a copy, one after another."""
-    shape, pair = branch.shape, branch.shape.kv_bytes_per_token
-    room = TAIL_BLOCK * -(-batch.decoded_tokens // TAIL_BLOCK)
-    memory = branch.row_bytes + pair * (room * shape.full_layers + shape.sliding_layers) + branch.layer_bytes
-    widths = 4 * shape.hidden + 3 * shape.intermediate * shape.experts_per_token
+    shape, pair, room = branch.shape, branch.shape.kv_bytes_per_token, tail_room(batch.decoded_tokens)
     return StepFootprint(
         phase="answering",
         weights=shape.weights,
-        memory=memory,
-        activations=shape.dtype_bytes * widths,
-        logits=shape.vocab * (shape.dtype_bytes + 4 * 4),
+        memory=branch.row_bytes + pair * (room * shape.full_layers + shape.sliding_layers) + branch.layer_bytes,
+        activations=row_activations(shape),
+        logits=row_logits(shape),
     )

@@ -129,19 +129,34 @@ def decoding_bytes(shape: ModelShape, batch: Batch, kept: Kept, config: PrefillC
     compresses = limit is not None and tail > limit
     if compresses and limit is not None:
         tail = limit + 1
-    room = TAIL_BLOCK * -(-tail // TAIL_BLOCK)
+    room = tail_room(tail)
     pair = batch.copies * shape.kv_bytes_per_token
     memory = batch.copies * kept.row_bytes + pair * (room * shape.full_layers + shape.sliding_layers)
     layer = batch.copies * kept.layer_bytes + pair * room
     copied = layer * (1 + shape.q_heads // shape.kv_heads)
     if compresses:
         copied = max(copied, batch.copies * (kept.row_bytes + kept.layer_bytes))
-    widths = 4 * shape.hidden + 3 * shape.intermediate * shape.experts_per_token
     scores = (4 + shape.dtype_bytes) * shape.q_heads * (max(kept.fullest, kept.sliding) + room)
-    activations = batch.copies * (shape.dtype_bytes * widths + scores)
-    # The model's logits, and in float32 their copy, log-softmax, sums along beams and candidates.
-    logits = batch.copies * shape.vocab * (shape.dtype_bytes + 4 * 4)
+    activations = batch.copies * (row_activations(shape) + scores)
+    logits = batch.copies * row_logits(shape)
     return memory + copied, activations, logits + _id_bytes(batch)
+
+
+def tail_room(tokens: int) -> int:
+    """KV pairs that a layer makes room for, in whole blocks, where `tokens` are decoded."""
+    return TAIL_BLOCK * -(-tokens // TAIL_BLOCK)
+
+
+def row_activations(shape: ModelShape) -> int:
+    """Bytes of one row's activations while a token is decoded, attention aside."""
+    widths = 4 * shape.hidden + 3 * shape.intermediate * shape.experts_per_token
+    return shape.dtype_bytes * widths
+
+
+def row_logits(shape: ModelShape) -> int:
+    """Bytes of one row's logits while a token is chosen."""
+    # The model's logits, and in float32 their copy, log-softmax, sums along beams and candidates.
+    return shape.vocab * (shape.dtype_bytes + 4 * 4)
 
 
 def _id_bytes(batch: Batch) -> int:
