@@ -57,8 +57,8 @@ class AppendOnlyWay(Way):
         """As of the schedule "im", from what one step may keep on."""
         config = super().config(prompt_tokens)
         base = OBSERVERS[str(self.observer)]
-        assert config is not None and isinstance(base, AttentionObserver)
-        steps = -(-prompt_tokens // config.chunk_tokens)
+        assert config is not None and self.chunk is not None and isinstance(base, AttentionObserver)
+        steps = -(-prompt_tokens // self.chunk.of(prompt_tokens))
         least = config.sink_tokens + config.recent_tokens
         first = max(config.memory_tokens // steps, min(config.memory_tokens, least))
         return replace(config, observer=AppendOnly(base), initial_memory=first)

@@ -294,6 +294,7 @@ CHOICES: dict[str, Sequence[str]] = {
 _LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stride", "pool_kernel"), 1)
 _LEAST |= dict.fromkeys(("sink_tokens", "recent_tokens"), 0)
 # What each is where it was left out, and with which recall it has an effect.
-_FOR_RECALL: dict[str, tuple[str | None, Sequence[str]]]
-_FOR_RECALL = {"recall_limit": (None, RECALLS[1:]), "recall_dir": (None, ("disk",))}
-_FOR_RECALL["recall_dtype"] = ("model", RECALLS[1:])
+_FOR_RECALL: dict[str, tuple[str | None, Sequence[str]]] = {
+    **{"recall_limit": (None, ("host", "disk")), "recall_dtype": ("model", ("host", "disk"))},
+    "recall_dir": (None, ("disk",)),
+}
