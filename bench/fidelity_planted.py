@@ -18,7 +18,7 @@ from begin import book_texts
 from fidelity_questions import FOUND, Question
 from longbench_data import DataError, Record
 from longbench_tasks import Task
-from questions_data import facts, page
+from questions_data import drawn_start, facts, page
 
 from imdc.cli.prompts import chat_prompt, encode_prompt
 
@@ -73,7 +73,7 @@ def _facts(tokenizer: Any, text: str, kind: str, tokens: int, seed: int) -> Ques
 def _tail(tokenizer: Any, text: str, tokens: int, seed: int) -> Question:
     """`tokens` of a novel, and what follows them as the right answer: perplexity where nothing was asked."""
     rng = random.Random(seed)
-    start = rng.randrange(len(text) // 8, len(text) - 8 * (tokens + _TAIL_TOKENS))
+    start = drawn_start(rng, text, len(text) // 8, 8 * (tokens + _TAIL_TOKENS))
     ids = tokenizer(text[start : start + 8 * (tokens + _TAIL_TOKENS)]).input_ids
     known, after = ids[:tokens], ids[tokens : tokens + _TAIL_TOKENS]
     # The tokens of the text itself, whose parts might be cut otherwise.

@@ -118,9 +118,27 @@ def facts(rng: random.Random) -> list[tuple[str, str, str]]:
     return found
 
 
+def drawn_start(rng: random.Random, text: str, first: int, room: int) -> int:
+    """A character of `text` from `first` on, with `room` characters after it.
+
+    Raises:
+        ImdcError: the text is too short.
+    """
+    if len(text) - room <= first:
+        raise ImdcError(
+            f"a book of {len(text):,} characters is too short for what is taken from it, {first + room:,} with "
+            f"the ends that are left out; name longer books, or ask for fewer tokens"
+        )
+    return rng.randrange(first, len(text) - room)
+
+
 def page(tokenizer: Any, text: str, rng: random.Random, tokens: int, planted: Sequence[tuple[str, str, str]]) -> str:
-    """About `tokens` tokens of `text`, with the facts in paragraphs of their own at even distances."""
-    start = rng.randrange(_MARGIN, len(text) - _MARGIN - 8 * tokens)
+    """About `tokens` tokens of `text`, with the facts in paragraphs of their own at even distances.
+
+    Raises:
+        ImdcError: the text is too short.
+    """
+    start = drawn_start(rng, text, _MARGIN, _MARGIN + 8 * tokens)
     source = text[start : start + 8 * tokens]
     room = tokens - sum(len(tokenizer(f"\n\n{sentence}\n\n").input_ids) for sentence, _, _ in planted)
     offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

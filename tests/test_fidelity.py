@@ -163,6 +163,9 @@ def test_append_only_evicts_nothing_that_it_kept_once(load: Load) -> None:
         (["--memory", "256"], "'256' is not a share of the prompt"),
         (["--memory", "5/4"], "must be above 0 and at most 1"),
         (["--tasks", "musique"], "no file of musique in data"),
+        (["--tail-tokens", "20000"], "a book of 84,000 characters is too short for what is taken from it"),
+        (["--lines", "2"], "lines.jsonl has 1 records, 2 are asked for"),
+        (["--pairs-file", "missing/pairs.jsonl"], "--pairs-file: no file pairs.jsonl in missing"),
     ],
 )
 def test_bad_input_is_named(
