@@ -31,6 +31,16 @@ def run(args: argparse.Namespace, benchmark: Callable[[argparse.Namespace], int]
         return BAD_INPUT
 
 
+def drawn(draw: Callable[[Path], None], path: Path) -> bool:
+    """Whether `draw` drew its picture to `path`; without matplotlib a line says that it is left out."""
+    try:
+        draw(path)
+    except ImportError:
+        print(f"{path.name} is left out: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
+        return False
+    return True
+
+
 def model_source(name: str) -> str | Path:
     """What `load_model` takes for a name of `--models`: a package of PyPI, or the folder, file or hub id itself.
 

@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,7 @@ def report(
     text = markdown(lines)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     print(text)
-    try:
-        draw(lines, args.output / "plot.png")
-    except ImportError:
-        print("plot.png is left out: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    begin.drawn(partial(draw, lines), args.output / "plot.png")
     result = {**started, "options": options(args), "lines": lines}
     print(f"Written to {args.output.name} and {write('fidelity', result, args.out)}")
 

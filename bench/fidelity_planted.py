@@ -18,7 +18,7 @@ from begin import book_texts
 from fidelity_questions import FOUND, Question
 from longbench_data import DataError, Record
 from longbench_tasks import Task
-from questions_data import drawn_start, facts, page
+from questions_data import LEAD_IN, drawn_start, facts, page
 
 from imdc.cli.prompts import chat_prompt, encode_prompt
 
@@ -64,7 +64,7 @@ def _facts(tokenizer: Any, text: str, kind: str, tokens: int, seed: int) -> Ques
     # "What is A?" and "What is B?" become "What is A, and what is B?".
     words = [question.rstrip("?") for _, question, _ in chosen]
     joined = ", and ".join([words[0], *(one[0].lower() + one[1:] for one in words[1:])])
-    prompt = chat_prompt(tokenizer, written, f"Using the text above, answer this question: {joined}?")
+    prompt = chat_prompt(tokenizer, written, f"{LEAD_IN}{joined}?")
     question = _question(tokenizer, kind, f"{tokens}-{seed}", prompt, *(answer for _, _, answer in chosen))
     gold = tokenizer("\n".join(sentence for sentence, _, _ in chosen), add_special_tokens=False).input_ids
     return replace(question, gold=gold)
@@ -73,8 +73,9 @@ def _facts(tokenizer: Any, text: str, kind: str, tokens: int, seed: int) -> Ques
 def _tail(tokenizer: Any, text: str, tokens: int, seed: int) -> Question:
     """`tokens` of a novel, and what follows them as the right answer: perplexity where nothing was asked."""
     rng = random.Random(seed)
-    start = drawn_start(rng, text, len(text) // 8, 8 * (tokens + _TAIL_TOKENS))
-    ids = tokenizer(text[start : start + 8 * (tokens + _TAIL_TOKENS)]).input_ids
+    room = 8 * (tokens + _TAIL_TOKENS)
+    start = drawn_start(rng, text, len(text) // 8, room)
+    ids = tokenizer(text[start : start + room]).input_ids
     known, after = ids[:tokens], ids[tokens : tokens + _TAIL_TOKENS]
     # The tokens of the text itself, whose parts might be cut otherwise.
     return replace(_question(tokenizer, TAIL, f"{tokens}-{seed}", tokenizer.decode(known)), ids=known, gold=after)

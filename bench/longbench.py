@@ -15,10 +15,12 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import begin
 import torch
 from longbench_data import Record, in_order, load
 from longbench_model import load_harness
@@ -177,10 +179,7 @@ def report(
     _replace(store.folder / "table.md", text)
     _replace(store.folder / "report.html", page(results, settings, started))
     print(text)
-    try:
-        draw(results, settings, list(samples), store.folder / "plot.png")
-    except ImportError:
-        print("plot.png is left out: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    begin.drawn(partial(draw, results, settings, list(samples)), store.folder / "plot.png")
     print(f"Written to {store.folder}: results.json, table.md, report.html, plot.png")
 
 

@@ -17,10 +17,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from begin import model_source, run
+from begin import drawn, model_source, run
 from questions_data import HAYSTACKS, LEVAL, Document, documents
 from questions_report import document_of, draw, table
 from record import ROOT, circumstances, relative
@@ -112,11 +113,8 @@ def benchmark(args: argparse.Namespace) -> int:
                 print(f"{name} {args.data} {one.number} {way} 1/{share}: {found}", file=sys.stderr, flush=True)
     Console().print(table(lines))
     picture = args.output.with_suffix(".png")
-    try:
-        draw(lines, picture)
+    if drawn(partial(draw, lines), picture):
         print(f"The picture is {picture.name}")
-    except ImportError:
-        print(f"{picture.name} is left out: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
     if up:
         print("--max-minutes is up; the same command goes on", file=sys.stderr)
     return _UNFINISHED if up else 0

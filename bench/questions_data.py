@@ -19,7 +19,7 @@ from imdc.errors import ImdcError
 
 HAYSTACKS = "haystacks"
 LEVAL = ("quality", "coursera", "multidoc_qa")
-_LEAD_IN = "Using the text above, answer this question: "
+LEAD_IN = "Using the text above, answer this question: "
 _CHOICE = "\nAnswer with the letter of the right choice alone."
 _CHOICES = "\nAnswer with the letters of all right choices alone."
 _MARGIN = 20_000
@@ -155,7 +155,7 @@ def page(tokenizer: Any, text: str, rng: random.Random, tokens: int, planted: Se
 def _haystack(tokenizer: Any, text: str, seed: int, tokens: int) -> Document:
     rng = random.Random(seed)
     planted = facts(rng)
-    questions = tuple(_LEAD_IN + question for _, question, _ in planted)
+    questions = tuple(LEAD_IN + question for _, question, _ in planted)
     written = page(tokenizer, text, rng, tokens, planted)
     return Document(seed, written, questions, tuple(fact for _, _, fact in planted), "found", 16)
 
@@ -163,6 +163,6 @@ def _haystack(tokenizer: Any, text: str, seed: int, tokens: int) -> Document:
 def _leval(number: int, record: dict[str, Any], task: str) -> Document:
     exam = task != "multidoc_qa"
     hint = {"quality": _CHOICE, "coursera": _CHOICES}.get(task, "")
-    questions = tuple(_LEAD_IN + question.strip() + hint for question in record["instructions"])
+    questions = tuple(LEAD_IN + question.strip() + hint for question in record["instructions"])
     answers, metric = tuple(record["outputs"]), "letters" if exam else "f1"
     return Document(number, record["input"], questions, answers, metric, 8 if exam else F1.max_new_tokens)

@@ -54,8 +54,8 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     yield Phase("rotary", unit * (inputs + queries + 2 * keys) + turned_unit * 3 * queries)
 
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
-    if storing_bytes(work) and layers.window is None:
-        yield Phase("storing", states, scoring=storing_bytes(work))
+    if layers.window is None and (storing := storing_bytes(work)):
+        yield Phase("storing", states, scoring=storing)
     turned, turning = turned_bytes(work, layers)
     output = unit * queries
     candidates = layers.before + work.step.chunk_tokens

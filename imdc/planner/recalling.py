@@ -25,6 +25,8 @@ from imdc.units import format_bytes
 BLOCK_TOKENS = 4096
 # Logits that are kept rather than computed a second time.
 HELD_BYTES = 64 * 2**20
+# A step and a zero, float32.
+_SCALE_BYTES = 8
 
 
 def blocks(tokens: int) -> list[range]:
@@ -87,8 +89,7 @@ def _gathering_bytes(work: Work, kept: int) -> int:
     if work.config.recall_dtype == "model":
         return 3 * pairs * shape.dtype_bytes
     # Codes, their numbers in float32 and the steps or zeros of each, by the group of each; scales.
-    scales = _side_bytes(shape, work.config, work.recalled)[0] - work.recalled * shape.kv_heads * shape.head_dim
-    keys = 9 * pairs + 8 * kept * shape.kv_heads + scales * (work.backend in KERNELS)
+    keys = 9 * pairs + 8 * kept * shape.kv_heads + _key_scale_bytes(shape, work.recalled) * (work.backend in KERNELS)
     values = _side_bytes(shape, work.config, kept)[1] + pairs * (4 + 2 * shape.dtype_bytes)
     return max(keys, values)
 
@@ -98,8 +99,13 @@ def _side_bytes(shape: ModelShape, config: PrefillConfig, tokens: int) -> tuple[
     if config.recall_dtype == "model":
         half = tokens * shape.kv_bytes_per_token // 2
         return half, half
-    width, scales = shape.kv_heads * shape.head_dim, 2 * 4
-    return width * (tokens + scales * -(-tokens // INT8_GROUP)), tokens * (width + scales * shape.kv_heads)
+    width = shape.kv_heads * shape.head_dim
+    return width * tokens + _key_scale_bytes(shape, tokens), tokens * (width + _SCALE_BYTES * shape.kv_heads)
+
+
+def _key_scale_bytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes of the scales of the keys of so many tokens in eight bits, in one layer."""
+    return _SCALE_BYTES * shape.kv_heads * shape.head_dim * -(-tokens // INT8_GROUP)
 
 
 def storing_bytes(work: Work) -> int:
@@ -151,8 +157,7 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
     keys, values = _side_bytes(shape, config, stored_tokens)
     if config.recall_dtype == "int8":
         # The keys of any groups, and the scales of all.
-        pairs = shape.kv_heads * shape.head_dim
-        keys = pairs * stored_tokens + _side_bytes(shape, config, tokens)[0] - pairs * tokens
+        keys = shape.kv_heads * shape.head_dim * stored_tokens + _key_scale_bytes(shape, tokens)
     return shape.full_layers * (found + keys + values)
 
 
