@@ -42,6 +42,8 @@ def read(lm: Any, record: Record, way: Way, ids: list[int]) -> dict[str, Any]:
                 "backend": report.backend,
                 "restarts": report.restarts,
                 "memory_tokens": report.memory_tokens,
+                "host_bytes": report.host_bytes,
+                "recalled_bytes": report.recalled_bytes,
                 # Tokens read, memory before, memory after.
                 "plan": [[step.chunk_tokens, step.memory_before, step.memory_after] for step in report.steps],
             }

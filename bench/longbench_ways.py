@@ -118,7 +118,8 @@ def parse_ways(text: str, *, observer: str, memory: Amount, chunk: Amount, optio
     """The ways of `--schedules`.
 
     Args:
-        text: SCHEDULE[:OBSERVER][@MEMORY], with commas between them, such as "full,fm,imdc,imdc:window@1/4".
+        text: SCHEDULE[:OBSERVER][@MEMORY][+recall[EVERY]], with commas between them, such as
+            "full,fm,imdc:window@1/4,imdc+recall2", where every second token of an answer takes back from host memory.
         observer: where none is given.
         memory: where none is given.
         chunk: of all.
@@ -130,19 +131,23 @@ def parse_ways(text: str, *, observer: str, memory: Amount, chunk: Amount, optio
     """
     ways = []
     for word in filter(None, (word.strip() for word in text.split(","))):
-        found = re.fullmatch(r"([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?", word)
+        found = re.fullmatch(r"([^:@+]+)(?::([^:@+]+))?(?:@([^:@+]+))?(\+recall([1-9]\d*)?)?", word)
         if found is None:
-            raise WayError(f"--schedules {word!r} is not SCHEDULE[:OBSERVER][@MEMORY], such as imdc:window@1/4")
-        schedule, watching, amount = found.groups()
+            raise WayError(
+                f"--schedules {word!r} is not SCHEDULE[:OBSERVER][@MEMORY][+recall[EVERY]], such as imdc:window@1/4"
+            )
+        schedule, watching, amount, recalls, every = found.groups()
         _known("schedule", schedule, SCHEDULES)
         if schedule == FULL:
-            if watching or amount:
+            if watching or amount or recalls:
                 raise WayError(f"--schedules {word!r}: {FULL} is the unpatched model, which keeps everything")
             ways.append(Way(word, schedule))
             continue
         _known("observer", watching or observer, tuple(OBSERVERS))
         kept = Amount.parse(amount) if amount else memory
-        way = Way(word, schedule, watching or observer, kept, chunk, options)
+        recall = {"recall": "host"} if recalls else {}
+        recall |= {"recall_every": int(every)} if every else {}
+        way = Way(word, schedule, watching or observer, kept, chunk, {**options, **recall})
         # Whatever does not work together is said before the model is loaded.
         way.config(4096)
         ways.append(way)

@@ -5,15 +5,14 @@ No torch here: the command line imports this for its option list.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from imdc.errors import ConfigError, check_choice, check_int, check_share, did_you_mean
 from imdc.kernels.limits import OUTPUT_CHANGE, POOLINGS, SCORINGS
 from imdc.observers import OBSERVERS, Observer, find_observer
-from imdc.presets import PAPER, PER_STEP
+from imdc.presets import PER_STEP, PRESETS, preset_options, with_presets
 from imdc.units import DefaultSize
 
 SCHEDULES = ("imdc", "im", "fm", "full")
@@ -38,6 +37,7 @@ INT8_GROUP = 128
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
 
 
+@with_presets
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
     """How a prompt is read: in which chunks, with how much memory, and who decides what is kept.
@@ -79,9 +79,11 @@ class PrefillConfig:
         backend: "auto", "triton", "flash" (FlashAttention), "varlen" (PyTorch on cuDNN), "sdpa" or "reference".
         preset: "default", or "paper", the setting of the IMDC paper as far as it can be had (`imdc.presets` says what
             differs); options given beside it take precedence.
-        recall: what becomes of the pairs that `handle.read()` evicts: "none" drops them, "host" stores all pairs of the
-            document in host memory and "disk" in a file, from which `handle.ask()` takes back those that each question
-            needs.
+        recall: what becomes of evicted pairs: "none" drops them, "host" stores all pairs of the text in host memory and
+            "disk" in a file, from which its question takes back those that it needs: that of `handle.ask()`, or the
+            last `observation_tokens` of a prompt of `generate()`.
+        recall_every: generated tokens after which an answer takes back anew what it needs by then; None leaves it with
+            what its question took. Until `decode_tokens` compress the cache.
         recall_limit: bytes for that at most; left out, what the system or the disk has available.
         recall_dir: folder of that file, which goes with the cache; left out, the system's for temporary files.
         recall_dtype: what is stored there, "model" (pairs in the model's dtype, as they are) or "int8" (about half of
@@ -118,6 +120,7 @@ class PrefillConfig:
     backend: str = "auto"
     preset: str = "default"
     recall: str = "none"
+    recall_every: int | None = None
     recall_limit: int | None = None
     recall_dir: str | None = None
     recall_dtype: str = "model"
@@ -137,8 +140,9 @@ class PrefillConfig:
             )
         if self.decode_tokens is not None:
             check_int("decode_tokens", self.decode_tokens, 1)
-        if self.recall_limit is not None:
-            check_int("recall_limit", self.recall_limit, 1)
+        for name in ("recall_every", "recall_limit"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
         for name, (unset, places) in _FOR_RECALL.items():
             if getattr(self, name) != unset and self.recall not in places:
                 raise ConfigError(
@@ -225,27 +229,6 @@ class PrefillConfig:
         return max(1, tokens, always_kept)
 
 
-def _with_presets(init: Callable[..., None]) -> Callable[..., None]:
-    """`PrefillConfig.__init__` with the options of a preset in place of the defaults, where they are not given."""
-
-    @functools.wraps(init)
-    def presetting(self: PrefillConfig, *args: Any, **options: Any) -> None:
-        given = {**dict(zip(option_names(), args, strict=False)), **options}
-        filled = {name: value for name, value in preset_options(given).items() if name not in given}
-        init(self, *args, **options, **filled)
-
-    return presetting
-
-
-PrefillConfig.__init__ = _with_presets(PrefillConfig.__init__)  # type: ignore[method-assign]
-
-
-def preset_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the preset among the options `given` sets; nothing where there is none, or none of that name."""
-    preset = given.get("preset")
-    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-
-
 def resolve_config(config: PrefillConfig | None = None, **options: Any) -> PrefillConfig:
     """`config`, or the defaults, with `options` on top.
 
@@ -273,10 +256,6 @@ def option_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(PrefillConfig))
 
 
-PRESETS: dict[str, Mapping[str, Any]] = {
-    "default": {field.name: field.default for field in fields(PrefillConfig) if field.name in PAPER},
-    "paper": PAPER,
-}
 CHOICES: dict[str, Sequence[str]] = {
     "preset": tuple(PRESETS),
     "schedule": SCHEDULES,
@@ -295,6 +274,8 @@ _LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stri
 _LEAST |= dict.fromkeys(("sink_tokens", "recent_tokens"), 0)
 # What each is where it was left out, and with which recall it has an effect.
 _FOR_RECALL: dict[str, tuple[str | None, Sequence[str]]] = {
-    **{"recall_limit": (None, ("host", "disk")), "recall_dtype": ("model", ("host", "disk"))},
+    "recall_every": (None, ("host", "disk")),
+    "recall_limit": (None, ("host", "disk")),
+    "recall_dtype": ("model", ("host", "disk")),
     "recall_dir": (None, ("disk",)),
 }

@@ -16,6 +16,9 @@ there), so that memory and chunk must fit into it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 # initial_memory in the words of the paper: as much as every step adds.
@@ -34,3 +37,29 @@ PAPER: dict[str, Any] = {
     "layer_budget": "uniform",
     "positions": "compact",
 }
+# By name; the default values of the options that a preset is about are those of the class that `with_presets` gets.
+PRESETS: dict[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+def preset_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the preset among the options `given` sets; nothing where there is none, or none of that name."""
+    preset = given.get("preset")
+    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+
+
+def with_presets(options: Any) -> Any:
+    """The dataclass `options`, which then takes what its option `preset` sets in place of the defaults.
+
+    The default preset is filled with the defaults of the class.
+    """
+    PRESETS["default"] = {field.name: field.default for field in fields(options) if field.name in PAPER}
+    names, init = tuple(field.name for field in fields(options)), options.__init__
+
+    @functools.wraps(init)
+    def presetting(self: Any, *args: Any, **given: Any) -> None:
+        named = {**dict(zip(names, args, strict=False)), **given}
+        filled = {name: value for name, value in preset_options(named).items() if name not in named}
+        init(self, *args, **given, **filled)
+
+    options.__init__ = presetting
+    return options

@@ -5,7 +5,7 @@ Tokens are counted per prompt row; bytes are bytes (never MiB); seconds are wall
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imdc.config import PrefillConfig
 from imdc.schedule import Step
@@ -86,7 +86,7 @@ class PrefillReport:
     `kv_bytes` is what the finished cache stores over all layers, `memory_tokens` the longest row's stored
     KV pairs per layer (on average) and KV head, and `restarts` how often an out-of-memory step began again with a
     smaller plan. With recall, `host_bytes` are those of the pairs in host memory or on disk, `recalled_bytes` what
-    questions read of them, and `recall_seconds` how long that took of all `seconds`.
+    question and answer read of them, and `recall_seconds` how long that took; the question's are among `seconds`.
     """
 
     config: PrefillConfig
@@ -101,6 +101,22 @@ class PrefillReport:
     host_bytes: int = 0
     recalled_bytes: int = 0
     recall_seconds: float = 0.0
+
+    def followed_by(self, question: PrefillReport) -> PrefillReport:
+        """This reading of a text and that of the `question` behind it as one: what the cache has is the latter's."""
+        return replace(
+            question,
+            config=self.config,
+            prompt_tokens=self.prompt_tokens + question.prompt_tokens,
+            seconds=self.seconds + question.seconds,
+            steps=self.steps + question.steps,
+            restarts=self.restarts + question.restarts,
+        )
+
+    def renewed(self, moved_bytes: int, seconds: float) -> PrefillReport:
+        """With what the answer has read of the store since."""
+        moved, spent = self.recalled_bytes + moved_bytes, self.recall_seconds + seconds
+        return replace(self, recalled_bytes=moved, recall_seconds=spent)
 
     @property
     def tokens_per_second(self) -> float:

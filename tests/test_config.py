@@ -123,8 +123,8 @@ def test_option_names_are_the_interface() -> None:
     assert option_names() == (
         "schedule", "growth", "balance", "initial_memory", "memory_tokens", "chunk_tokens", "memory_limit", "observer",
         "observation_tokens", "observation_stride", "scoring", "pooling", "pool_kernel", "sink_tokens",
-        "recent_tokens", "layer_budget", "positions", "decode_tokens", "backend", "preset", "recall", "recall_limit",
-        "recall_dir", "recall_dtype",
+        "recent_tokens", "layer_budget", "positions", "decode_tokens", "backend", "preset", "recall", "recall_every",
+        "recall_limit", "recall_dir", "recall_dtype",
     )  # fmt: skip
 
 

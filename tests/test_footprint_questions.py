@@ -69,7 +69,7 @@ def read_and_ask(model: Any, question: int, new: int, **options: Any) -> tuple[P
 
 
 def asking_peak(made: Plan) -> int:
-    return max(one.above_weights for one in made.after if one.phase in ("asking", "answering"))
+    return max(one.above_weights for one in made.after if one.phase in ("asking", "answering", "renewing"))
 
 
 @pytest.mark.parametrize("recall", [{}, {"recall": "host"}, INT8], ids=["none", "host", "int8"])
@@ -94,6 +94,22 @@ def test_prediction_is_the_measured_peak_of_a_question(
     assert made.question_moved_bytes == moved
     assert (moved > 0) == bool(recall)
     assert ["answering" in one.phase for one in made.after][-1] == (new > 1)
+
+
+@pytest.mark.parametrize("recall_dtype", ["model", "int8"])
+@pytest.mark.parametrize(("positions", "dtype"), [("original", torch.float32), ("compact", torch.bfloat16)], ids=str)
+def test_prediction_knows_the_renewals_of_an_answer(positions: str, dtype: torch.dtype, recall_dtype: str) -> None:
+    """A short question, so that it is its answer that takes most."""
+    model = FAMILIES["llama"](num_key_value_heads=4, intermediate_size=8).to(dtype)
+    options = {"recall": "host", "recall_dtype": recall_dtype, "positions": positions, "memory_tokens": 500}
+    made, measured, moved = read_and_ask(model, 2, 40, **options, recall_every=4)
+    renewing = next(one for one in made.after if one.phase == "renewing")
+    assert asking_peak(made) == renewing.above_weights
+    assert renewing.above_weights / measured == pytest.approx(1.0, abs=0.05)
+    # The last token of the answer is never read.
+    assert moved == made.question_moved_bytes + 39 // 4 * made.renewal_moved_bytes > made.question_moved_bytes
+    assert "every 4 tokens" in str(made)
+    assert plan(model, 1200, **SIZES, recall="host").renewal_moved_bytes == 0
 
 
 @pytest.mark.parametrize("dtype", ["model", "int8"])

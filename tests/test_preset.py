@@ -15,8 +15,9 @@ from tiny_models import FAMILIES, greedy
 import imdc
 from imdc.cli.main import build_parser
 from imdc.cli.options import add_config_options, config_from
-from imdc.config import PRESETS, PrefillConfig, resolve_config
+from imdc.config import PrefillConfig, resolve_config
 from imdc.errors import ConfigError
+from imdc.presets import PRESETS
 from imdc.schedule import build_steps
 
 WRITTEN_OUT: dict[str, Any] = {

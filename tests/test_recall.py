@@ -170,7 +170,6 @@ def test_plans_count_host_memory() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model, handle, cache: model.generate(text(100), **GREEDY), "recall='host' is for handle.read"),
         (lambda model, handle, cache: model(text(100), cache=handle.new_cache()), "recall='host' is for"),
         (lambda model, handle, cache: model(text(10), cache=cache), "nothing can be added"),
         (lambda model, handle, cache: handle.ask(cache, text(33)), "33 tokens takes 2 chunks.*chunk_tokens=32"),

@@ -28,6 +28,7 @@ class ImdcCache(hf.Cache):
         turn: of the generate() call that is running, None outside of one.
         anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
         is_branch: whether it belongs to a question, whose turn drops nothing; see `imdc.cache.branch`.
+        asked: whether that turn is over.
         store: all pairs of the text in host memory or a file, where questions take back what was evicted; None without
             recall.
     """
@@ -74,6 +75,7 @@ class ImdcCache(hf.Cache):
         return self._can_crop or (self.turn is not None and self.turn.assisted)
 
     is_branch: bool = False
+    asked: bool = False
     store: HostStore | None = None
 
     def kv_bytes(self) -> int:

@@ -47,12 +47,17 @@ def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
     `generate()` needs the whole history again, as with a cache in memory.
 
     Raises:
-        UnsupportedCallError: the cache is empty, or the model that made it is gone.
+        UnsupportedCallError: the cache is empty or that of one question, or the model that made it is gone.
         FileNotFoundError: the folder of `path` does not exist.
     """
     path = Path(path)
     if cache.rows is None:
         raise UnsupportedCallError("the cache is empty; read a prompt with generate() or model(...) before saving it")
+    if cache.is_branch:
+        raise UnsupportedCallError(
+            "the cache is that of one question, and what it took back is about that alone; save the one that "
+            "handle.read() returned"
+        )
     model = cache.owner()  # type: ignore[operator]
     if model is None:
         raise UnsupportedCallError("the model that filled this cache is gone; save the cache while the model is alive")

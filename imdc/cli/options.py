@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from imdc.config import CHOICES, STARTS, PrefillConfig, preset_options, resolve_config
+from imdc.config import CHOICES, STARTS, PrefillConfig, resolve_config
 from imdc.errors import ConfigError
+from imdc.presets import preset_options
 from imdc.units import parse_bytes, parse_tokens
 
 _PREFIX = "config_"

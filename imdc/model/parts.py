@@ -100,6 +100,13 @@ class Parts:
         assert window is not None, "checked in `of`"
         return window
 
+    def layer_of(self, module: nn.Module) -> int | None:
+        """The number of the layer whose attention module is `module`; None for those of other models."""
+        layers: Any = self.decoder.layers
+        number: Any = getattr(module, "layer_idx", None)
+        known = number is not None and number < len(layers) and layers[number].self_attn is module
+        return int(number) if known else None
+
     def device(self, layer: int | None = None) -> torch.device:
         """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
         module = self.decoder.get_input_embeddings() if layer is None else self.decoder.layers[layer]

@@ -2,7 +2,7 @@
 
 The document's cache stays as it is. The question is read into a branch of it, which shares what is stored until a layer
 has run and holds memory and question of its own then: a second memory. With recall each layer takes its memory back
-from the store; what that needs comes on top, see `imdc.planner.recalling`.
+from the store; what that needs comes on top, see `imdc.planner.recalling`, and again where its answer does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from imdc.config import PrefillConfig
 from imdc.model.backend_rule import Machine
 from imdc.planner.batch import Batch, Kept, row_activations, row_logits, tail_room
 from imdc.planner.footprint import StepFootprint, predict
+from imdc.planner.recalling import recall_bytes
+from imdc.planner.work import Layers, Work
 from imdc.schedule import Step
 
 
@@ -37,7 +39,18 @@ def predict_question(
         after = Kept.after(shape, question, kept.full + rows, kept.fullest + rows)
         others = kept.row_bytes + 3 * mask
         found.append(replace(_answering(batch, after), others=others))
+        if recalled and config.recall_every is not None:
+            work = Work(shape, config, Step(0, 0, 1, kept.full, kept.full + 1), 0, True, backend, compact)
+            work = replace(work, recalled=recalled, machine=machine)
+            renewal = recall_bytes(work, Layers(1, kept.fullest, kept.fullest, None), rows + batch.decoded_tokens)
+            found.append(replace(_renewing(batch, after, renewal), others=others))
     return tuple(found)
+
+
+def _renewing(batch: Batch, branch: Kept, renewal: int) -> StepFootprint:
+    """A layer that has made room takes its pairs back anew before it attends."""
+    found = _answering(batch, branch)
+    return replace(found, phase="renewing", memory=found.memory - branch.layer_bytes, scoring=renewal, logits=0)
 
 
 def _answering(batch: Batch, branch: Kept) -> StepFootprint:

@@ -14,7 +14,7 @@ from imdc.planner.batch import Batch, Kept
 from imdc.planner.fit import compact_misfit, execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
-from imdc.planner.recalling import host_bytes, host_notes, moved_bytes
+from imdc.planner.recalling import host_bytes, host_notes, moved_bytes, renewal_moved_bytes
 from imdc.positions import fitted
 from imdc.report import OfStep
 from imdc.schedule import Step
@@ -97,6 +97,11 @@ class Plan:
         stored = self.steps[-1].memory_after
         return moved_bytes(self.shape, self.config, self.batch, stored, self.compact)
 
+    @property
+    def renewal_moved_bytes(self) -> int:
+        """Bytes that its answer reads of the store each time when it takes its pairs back anew; 0 where it does not."""
+        return renewal_moved_bytes(self.shape, self.config, self.batch, self.steps[-1].memory_after)
+
     def least_seconds(self, gpu: Gpu) -> float:
         """Time on `gpu` below which the prefill cannot be: every step's arithmetic or traffic at the peak rates."""
         footprints = [step.footprint for step in self.steps]
@@ -122,6 +127,7 @@ class Plan:
             "host_bytes": host_bytes(self.shape, self.batch, self.config),
             "question_tokens": self.batch.question_tokens,
             "question_moved_bytes": self.question_moved_bytes,
+            "renewal_moved_bytes": self.renewal_moved_bytes,
             "unpatched_peak_bytes": self.unpatched.total_bytes,
             "flops": self.flops,
             "notes": self.notes(),
@@ -166,7 +172,8 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know of this model; often nothing."""
-        shape, notes = self.shape, host_notes(self.shape, self.batch, self.config, self.question_moved_bytes)
+        shape, moved = self.shape, (self.question_moved_bytes, self.renewal_moved_bytes)
+        notes = host_notes(shape, self.batch, self.config, *moved)
         if shape.family not in FAMILIES:
             notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]

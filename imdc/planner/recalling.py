@@ -46,9 +46,14 @@ def recalls_whole(max_positions: int | None, question_tokens: int, text_tokens: 
     return not compact or max_positions is None or text_tokens <= max_positions - question_tokens
 
 
-def recall_bytes(work: Work, layers: Layers) -> int:
-    """Bytes that one layer allocates while it takes `layers.before` pairs back for the question of `work`."""
+def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
+    """Bytes that one layer allocates while it takes `layers.before` pairs back for the question of `work`.
+
+    Where `work` is a token of an answer, `following` is how many tokens follow the text by then, that one included; it
+    does not attend to the whole text.
+    """
     shape, rows, tokens = work.shape, work.rows, work.recalled
+    following, renews = following or rows, following > 0
     queries, keys = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     on_device = work.backend in KERNELS
     logits = [4 * shape.q_heads * rows * len(block) for block in blocks(tokens)]
@@ -68,15 +73,16 @@ def recall_bytes(work: Work, layers: Layers) -> int:
         each = (there + turned * (3 * keys // 2 + 2 * shape.rotary) * block) // block
         turning = max(done + each * len(one) for done, one in zip(before, blocks(tokens), strict=True))
     rest = logits[held:]
-    scores, out = 4 * shape.kv_heads * tokens, rows * shape.dtype_bytes * queries
-    own = 4 * rows * rows * shape.q_heads
+    whole = not renews and recalls_whole(shape.max_positions, rows, tokens, work.compact)
+    scores, out = 4 * shape.kv_heads * tokens, rows * shape.dtype_bytes * queries * whole
+    own = 4 * rows * following * shape.q_heads
     # While keys are compared, and on a GPU the log-sum-exp has a copy of a block; what the question attends to of
     # itself; then values are added up, and what is not kept is compared again.
-    whole = recalls_whole(shape.max_positions, rows, tokens, work.compact)
     passes = (side + on_device * logits[0], own, scores + (side if rest else whole * float_copy))
     most = max(sum(logits[:held]) + sum(rest[:2]) + max(passes), turning)
-    most += own + 4 * rows * (2 * queries + shape.q_heads) + rows * rows
-    most += rows * shape.dtype_bytes * (queries + keys) * work.compact
+    most += own + 4 * rows * ((1 + whole) * queries + shape.q_heads) + rows * following
+    # Turned to where they are compared; what was rotated for another place was turned back before.
+    most += (1 + renews) * shape.dtype_bytes * (rows * queries + following * keys) * work.compact
     chosen = 8 * shape.kv_heads * layers.before
     gathered = _gathering_bytes(work, layers.before)
     return max(most, out + scores + max(selection_bytes(work, tokens, layers.before), chosen + gathered))
@@ -154,11 +160,26 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
     found = sum(keys for keys, _ in read) + sum(keys for keys, _ in read[held_blocks(shape.q_heads, rows, tokens) :])
     if recalls_whole(shape.max_positions, rows, tokens, compact):
         found += sum(values for _, values in read)
+    return shape.full_layers * (found + _gathered_bytes(shape, config, tokens, stored_tokens))
+
+
+def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_tokens: int) -> int:
+    """Bytes that an answer reads of a store each time when it takes its pairs back anew: all keys, and those pairs."""
+    if config.recall_every is None or stored_tokens >= batch.prompt_tokens:
+        return 0
+    tokens = batch.prompt_tokens
+    read = [_side_bytes(shape, config, len(block))[0] for block in blocks(tokens)]
+    again = sum(read[held_blocks(shape.q_heads, 1, tokens) :])
+    return shape.full_layers * (sum(read) + again + _gathered_bytes(shape, config, tokens, stored_tokens))
+
+
+def _gathered_bytes(shape: ModelShape, config: PrefillConfig, tokens: int, stored_tokens: int) -> int:
+    """Bytes that are read of a text of `tokens` where so many pairs of one layer are taken."""
     keys, values = _side_bytes(shape, config, stored_tokens)
     if config.recall_dtype == "int8":
         # The keys of any groups, and the scales of all.
         keys = shape.kv_heads * shape.head_dim * stored_tokens + _key_scale_bytes(shape, tokens)
-    return shape.full_layers * (found + keys + values)
+    return keys + values
 
 
 def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
@@ -168,12 +189,17 @@ def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
     return batch.rows * shape.full_layers * sum(_side_bytes(shape, config, batch.prompt_tokens))
 
 
-def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: int) -> list[str]:
-    """What a plan says of host memory, of which a question reads `moved` bytes; nothing without recall."""
+def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: int, renewed: int) -> list[str]:
+    """What a plan says of host memory, of which a question reads `moved` bytes; nothing without recall.
+
+    `renewed` are the bytes that its answer reads each time when it takes its pairs back anew.
+    """
     stored = host_bytes(shape, batch, config)
     if not stored:
         return []
     reads = f"; one of {batch.question_tokens} tokens reads {format_bytes(moved)}" if moved else ""
+    if renewed:
+        reads += f", and its answer {format_bytes(renewed)} every {config.recall_every} tokens"
     place = "on disk" if config.recall == "disk" else "of host memory"
     kind = "" if config.recall_dtype == "model" else f" ({config.recall_dtype})"
     return [f"note: questions take back what each needs from {format_bytes(stored)} {place}{kind}{reads}"]

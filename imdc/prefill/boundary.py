@@ -6,7 +6,6 @@ short ones are the model's own. `generate()` gets its cache here, and is held to
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,13 @@ from imdc.cache.cache import ImdcCache
 from imdc.cache.turn import Turn
 from imdc.errors import CacheMismatchError, ImdcError, UnsupportedCallError
 from imdc.model import hf
+from imdc.prefill.companions import check_guidance, warn_of_assistant
 from imdc.prefill.decode import decode_inputs
 from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
-from imdc.prefill.hook import decode_masks, masking
+from imdc.prefill.hook import decode_masks, decoding
+from imdc.prefill.recalled_prompt import check_recalling, read_text
+from imdc.prefill.renewal import Renewal
 from imdc.prefill.requests import (
     GenerateRequest,
     bind,
@@ -62,6 +64,7 @@ class Boundary:
         self._parts, self._config = engine.parts, engine.config
         self._own_forward, self._own_generate = engine.forward, own_generate
         self._is_patched = is_patched
+        self._recalls = self._config.recall != "none" and bool(self._parts.full_layers)
         self._cache_name = hf.cache_argument(type(self._parts.model).forward)
         self.report: PrefillReport | None = None
 
@@ -77,11 +80,14 @@ class Boundary:
         self.check_mode()
         check_generate(request)
         check_prompt_learning(self._parts.model)
-        self._check_guidance(request)
+        check_guidance(self._engine, request)
+        check_recalling(self._engine, request)
         cache = self.new_cache() if request.cache is None else self.checked(request.cache)
+        warn_of_assistant(self._engine, request, self._is_patched)
+        text = read_text(self._engine, cache, request) if self._recalls and request.cache is None else None
+        cache = cache if text is None else text[0]
         turn = self._turn(request, cache)
-        self._warn_of_assistant(request)
-        if request.input_ids is not None and not turn.drafting:
+        if request.input_ids is not None and not turn.drafting and text is None:
             planner = self._engine.planner(new_tokens=turn.new_tokens)
             begin_turn(planner, cache, request.input_ids, request.arguments.get("attention_mask"))
         with cache.during(turn), _generating(self, cache):
@@ -92,6 +98,8 @@ class Boundary:
                     "imdc and is dropped; call remove() of the handle for such a call, or report it with the "
                     "version of transformers"
                 )
+        if text is not None and self.report is not None:
+            self.report = text[1].followed_by(self.report)
         return result
 
     def new_cache(self) -> ImdcCache:
@@ -131,32 +139,6 @@ class Boundary:
         if cache.owner() is not self._parts.model:  # type: ignore[operator]
             raise CacheMismatchError(f"{self._cache_name} belongs to another model; prefill this model's own cache")
         return cache
-
-    def _check_guidance(self, request: GenerateRequest) -> None:
-        """Refuse classifier-free guidance whose second prompt would grow too long: transformers reads it on its own."""
-        scale = request.asked("guidance_scale")
-        if scale is None or scale == 1:
-            return
-        negative = request.arguments.get("negative_prompt_ids")
-        tokens = (1 if negative is None else int(negative.shape[-1])) + request.new_tokens
-        limit = self._engine.exceeded(tokens)
-        if limit is not None:
-            raise UnsupportedCallError(
-                f"guidance_scale={scale} reads negative_prompt_ids without imdc: {tokens} tokens with the answer, but "
-                f"memory and chunk hold {limit}; shorten it, or leave guidance_scale out"
-            )
-
-    def _warn_of_assistant(self, request: GenerateRequest) -> None:
-        assistant = request.assistant
-        if assistant is None or self._is_patched(assistant):
-            return
-        if self._engine.exceeded(request.columns) is not None:
-            warnings.warn(
-                f"imdc: assistant_model ({type(assistant).__name__}) is not patched and reads the whole prompt of "
-                f"{request.columns} tokens at once; call imdc.patch(assistant_model) too",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: a turn is read in chunks, other tokens are decoded; results are as transformers gives.
@@ -282,8 +264,12 @@ class Boundary:
         check_decoding(self._parts, cache, count)
         with cache.appending():
             inputs = decode_inputs(self._parts, cache, named)
-            with masking(decode_masks(self._parts, cache)):
-                return self._own_forward(**inputs, **{self._cache_name: cache})
+            renewal = Renewal.due(self._parts, self._config, self._engine.backend()[0], cache)
+            with decoding(decode_masks(self._parts, cache), renewal):
+                output = self._own_forward(**inputs, **{self._cache_name: cache})
+        if renewal is not None and self.report is not None:
+            self.report = self.report.renewed(renewal.recall.moved_bytes, renewal.recall.seconds)
+        return output
 
 
 @contextmanager

@@ -62,10 +62,8 @@ class DecodeMasks:
 
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is an attention module of the model, of a layer that is compressed."""
-        layer: Any = getattr(module, "layer_idx", None)
-        layers: Any = self.parts.decoder.layers
-        known = layer is not None and layer < len(layers) and layers[layer].self_attn is module
-        return known and self.parts.windows[layer] is None
+        layer = self.parts.layer_of(module)
+        return layer is not None and self.parts.windows[layer] is None
 
     def of(self, layer: int, query: Tensor, key: Tensor, *, eager: bool) -> Tensor | None:
         """The mask [B, 1, Q, T] of queries [B, Hq, Q, D] over keys [B, Hkv, T, D] of a layer.

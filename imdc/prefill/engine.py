@@ -81,7 +81,8 @@ class Engine:
             # Nothing is dropped, so layers keep the shares that they have.
             whole = replace(self, config=replace(self.config, schedule="full", layer_budget="uniform"))
             return whole.prefill(cache, input_ids, attention_mask, logits_to_keep=logits_to_keep, **forward_options)
-        check_recall(self.config, cache)
+        if not self.compresses and self.parts.full_layers:
+            check_recall(self.config, cache, input_ids.shape[1])
         began = time.perf_counter()
         prompts = self._prompts(cache, input_ids, attention_mask)
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
@@ -130,6 +131,9 @@ class Engine:
         del reader
         rows = [turn.row for turn in turns]
         cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
+        if cache.is_branch:
+            # Compressed again, its memory is no longer that of the text with the question behind it.
+            cache.asked, cache.store = True, None if self.compresses else cache.store
         output = outputs[0]
         output.logits = wanted.of_batch([output.logits for output in outputs], order)
         setattr(output, hf.cache_argument(type(self.parts.model).forward), cache)

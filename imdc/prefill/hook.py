@@ -22,11 +22,12 @@ from imdc.errors import ImdcError
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.prefill.decode import DecodeMasks
+from imdc.prefill.renewal import Renewal
 from imdc.prefill.requests import check_masks
 from imdc.prefill.step import StepRun
 
 _RUNNING: ContextVar[StepRun | None] = ContextVar("imdc_running_step", default=None)
-_DECODING: ContextVar[DecodeMasks | None] = ContextVar("imdc_decode_masks", default=None)
+_DECODING: ContextVar[tuple[DecodeMasks | None, Renewal | None]] = ContextVar("imdc_decoding", default=(None, None))
 
 
 @contextmanager
@@ -62,9 +63,9 @@ def decode_masks(parts: Parts, cache: ImdcCache) -> DecodeMasks | None:
 
 
 @contextmanager
-def masking(masks: DecodeMasks | None) -> Iterator[None]:
-    """Give attention calls of this thread that belong to the masks' model the mask of their layer."""
-    token = _DECODING.set(masks)
+def decoding(masks: DecodeMasks | None, renewal: Renewal | None) -> Iterator[None]:
+    """Give attention calls of this thread that belong to the model the mask of their layer, and its memory anew."""
+    token = _DECODING.set((masks, renewal))
     try:
         yield
     finally:
@@ -104,8 +105,12 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
     ) -> tuple[Tensor, Any]:
         step = _RUNNING.get()
         if step is None or not step.serves(module):
-            found = overlaid()
-            function, masks = found or hf.eager_attention(module), _DECODING.get()
+            found, (masks, renewal) = overlaid(), _DECODING.get()
+            function = found or hf.eager_attention(module)
+            if renewal is not None and renewal.serves(module):
+                renewed: Any = module.layer_idx
+                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+                renewal.renew(int(renewed), query, scale=scale, softcap=kwargs.get("softcap"))
             if masks is not None and masks.serves(module):
                 number: Any = module.layer_idx
                 attention_mask = masks.of(int(number), query, key, eager=found is None)

@@ -23,13 +23,18 @@ from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.observers import PromptTail, Questions, find_observer
 from imdc.prefill.engine import Engine, free_bytes
+from imdc.prefill.logits import real_tokens
 from imdc.prefill.recall import text_store
 from imdc.prefill.requests import GenerateRequest, check_ids
 from imdc.report import PrefillReport
 
 
-def read_document(engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int) -> PrefillReport:
+def read_document(
+    engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int, attention_mask: Tensor | None = None
+) -> PrefillReport:
     """Read `input_ids` int64 [1, N] into the empty `cache`; see `imdc.prefill.patch.PatchHandle.read`.
+
+    `attention_mask` [1, N] has zeros where there is padding.
 
     Raises:
         UnsupportedCallError: several documents, or none.
@@ -42,10 +47,10 @@ def read_document(engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int
         )
     if isinstance(room, bool) or not isinstance(room, int) or room < 1:
         raise UnsupportedCallError(f"room={room!r} must be an int of at least 1: tokens of a question and its answer")
-    available = free_bytes(torch.device("cpu"))
-    cache.store = text_store(engine.parts, engine.config, input_ids.shape[1], available)
+    available, tokens = free_bytes(torch.device("cpu")), int(real_tokens(input_ids, attention_mask).sum())
+    cache.store = text_store(engine.parts, engine.config, tokens, available)
     with cache.during(Turn(new_tokens=room, asked=True)):
-        _, report = engine.prefill(cache, input_ids, None)
+        _, report = engine.prefill(cache, input_ids, attention_mask)
     cache.phase = "decode"
     return report
 
@@ -125,6 +130,11 @@ def question_request(
     for name in (*hf.CACHE_NAMES, "inputs", "return_dict_in_generate"):
         if options.get(name) is not None:
             raise UnsupportedCallError(f"{name} is not for ask(), which returns new ids alone; call generate() instead")
+    if cache.is_branch:
+        raise UnsupportedCallError(
+            "the cache is that of one question, and what it took back is about that alone; ask the one that read() or "
+            "load_cache() returned"
+        )
     if cache.rows is None or cache.rows.tokens.numel() != 1:
         held = 0 if cache.rows is None else cache.rows.tokens.numel()
         raise UnsupportedCallError(f"the cache holds {held} documents; ask one that read() or load_cache() returned")
@@ -134,19 +144,18 @@ def question_request(
             f"the cache as read() or load_cache() returned it"
         )
     request = GenerateRequest.of(engine.parts.model, (ids,), {**options, "attention_mask": mask})
-    _check_window(engine, cache, ids.shape[1], request.new_tokens)
-    copies = max(int(request.asked(name) or 1) for name in ("num_beams", "num_return_sequences"))
+    check_window(engine, cache, ids.shape[1], request.new_tokens)
     seen = mask.new_ones(ids.shape[0], cache.get_seq_length())
     return {
         **options,
         "input_ids": ids,
         "attention_mask": torch.cat((seen, mask), dim=1),
-        hf.cache_argument(type(engine.parts.model).forward): branch(cache, ids.shape[0] * copies),
+        hf.cache_argument(type(engine.parts.model).forward): branch(cache, ids.shape[0] * request.copies),
     }
 
 
-def _check_window(engine: Engine, cache: ImdcCache, question: int, answer: int) -> None:
-    """Refuse positions that the model was not trained for.
+def check_window(engine: Engine, cache: ImdcCache, question: int, answer: int) -> None:
+    """Refuse positions of a question and its answer, in tokens, that the model was not trained for.
 
     Nothing can make room for them: the document is not at hand to be read anew, and dropping a part of its memory for
     a question would make the answer depend on the question's length.

@@ -76,24 +76,27 @@ class Recall:
         keep: int,
         scale: float,
         softcap: float | None,
+        attends: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The `keep` best pairs of the text for the question, on its device, and what the question attends to.
 
         Args:
             layer: number of a full-attention layer.
-            q: queries of the question [1, Hq, n, D]; rotated as the stored keys are.
-            own_k: its keys [1, Hkv, n, D], rotated as `q`.
+            q: queries [1, Hq, n, D] of the question, or of the last tokens of it and its answer; rotated as the stored
+                keys are.
+            own_k: keys [1, Hkv, o, D] of all that follows the text, rotated as `q`; o >= n.
             own_v: its values, as `own_k`.
             keep: pairs to take per KV head, fewer than there are.
             scale: factor on the logits.
             softcap: cap of the logits, or None.
+            attends: whether the queries attend to the whole text; values are read for that alone.
 
         Returns:
-            Keys and values [1, Hkv, keep, D], in the order of the text; and the question's attention output
-            [1, Hq, n, D] over the whole text, None where keys had to share positions.
+            Keys and values [1, Hkv, keep, D], in the order of the text; and the attention output [1, Hq, n, D] over
+            the whole text, None where keys had to share positions or the queries do not attend.
         """
         began = time.perf_counter()
-        scores, out = self._attend(layer, q, own_k, own_v, scale, softcap)
+        scores, out = self._attend(layer, q, own_k, own_v, scale, softcap, attends)
         places: Tensor = self.backend.select(
             scores,
             keep,
@@ -112,20 +115,21 @@ class Recall:
         return states.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def _attend(
-        self, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, scale: float, softcap: float | None
+        self, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, scale: float, softcap: float | None, attends: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Scores float32 [1, Hkv, tokens] of the text's keys, and the attention output of `take`."""
         window = self.parts.trained_window
-        whole = recalling.recalls_whole(window, q.shape[2], self.store.tokens, self.compact)
-        kv_heads, rows = own_k.shape[1], q.shape[2]
-        span = min(self.store.tokens, window - rows)
+        kv_heads, rows, owned = own_k.shape[1], q.shape[2], own_k.shape[2]
+        whole = attends and recalling.recalls_whole(window, owned, self.store.tokens, self.compact)
+        span = min(self.store.tokens, window - owned)
         if self.compact:
-            q, own_k = (self._turned(layer, x, torch.arange(span, span + rows, device=q.device)) for x in (q, own_k))
+            places = torch.arange(span, span + owned, device=q.device)
+            q, own_k = self._turned(layer, q, places[owned - rows :]), self._turned(layer, own_k, places)
         # [Hkv, group * n, D]: one matrix product per KV head and block.
         asking = rearrange(q[0].float(), "(h g) n d -> h (g n) d", h=kv_heads)
-        future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+        future = torch.ones(rows, owned, dtype=torch.bool, device=q.device).triu(owned - rows + 1)
         own = _logits(asking, own_k[0], scale, softcap)
-        own = own.view(*own.shape[:1], -1, rows, rows).masked_fill(future, float("-inf")).view(own.shape)
+        own = own.view(*own.shape[:1], -1, rows, owned).masked_fill(future, float("-inf")).view(own.shape)
         lse = own.logsumexp(dim=-1)
         blocks, held = recalling.blocks(self.store.tokens), list[Tensor]()
         kept = recalling.held_blocks(q.shape[1], rows, self.store.tokens)
@@ -134,7 +138,7 @@ class Recall:
             lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
             if len(held) < kept:
                 held.append(logits)
-        out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float())
+        out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float()) if whole else q.new_empty(0)
         highest = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
         for number, block in enumerate(blocks):
             logits = held[number] if number < kept else self._block(layer, block, asking, span, scale, softcap)
@@ -170,19 +174,24 @@ class Recall:
         return states if tables is None else rotate(states, *tables)
 
 
-def check_recall(config: PrefillConfig, cache: ImdcCache) -> None:
-    """Refuse turns that would leave a text and its store apart.
+def check_recall(config: PrefillConfig, cache: ImdcCache, tokens: int) -> None:
+    """Refuse turns of so many `tokens` that would leave a text and its store apart.
 
     Raises:
-        UnsupportedCallError: a prompt of generate() with recall, or another turn over a document that has a store.
+        UnsupportedCallError: a prompt of forward() with recall, or another turn over a text that has a store.
     """
-    if cache.is_empty and config.recall != "none" and cache.store is None:
+    if cache.is_empty and config.recall != "none" and cache.store is None and tokens > 1:
         raise UnsupportedCallError(
-            f"recall={config.recall!r} is for handle.read() and handle.ask(); leave it out for generate() and forward()"
+            f"recall={config.recall!r} is for generate(), handle.read() and handle.ask(); leave it out for forward()"
         )
     if cache.store is not None and not cache.is_empty and not cache.is_branch:
         raise UnsupportedCallError(
             "the cache belongs to a document with a store, to which nothing can be added; ask it with handle.ask()"
+        )
+    if cache.is_branch and cache.asked:
+        raise UnsupportedCallError(
+            f"the cache is that of a call with recall={config.recall!r}, which cannot go on: what it took back is "
+            f"about its own question; pass the whole conversation as input_ids and no cache"
         )
 
 

@@ -82,6 +82,11 @@ class GenerateRequest:
             return int(wanted)
         return _DEFAULT_NEW_TOKENS if length is None else max(0, int(length) - self.columns)
 
+    @property
+    def copies(self) -> int:
+        """Rows that generate() makes of each prompt: beams, or several answers."""
+        return max(int(self.asked(name) or 1) for name in ("num_beams", "num_return_sequences"))
+
     def without_cache_choice(self) -> dict[str, Any]:
         """The arguments, with no choice of a cache left: imdc hands over its own.
 

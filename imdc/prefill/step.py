@@ -53,9 +53,7 @@ class StepRun:
 
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is an attention module of the model that this step reads with."""
-        layers: Any = self.parts.decoder.layers
-        layer: Any = getattr(module, "layer_idx", None)
-        return layer is not None and layer < len(layers) and layers[layer].self_attn is module
+        return self.parts.layer_of(module) is not None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""

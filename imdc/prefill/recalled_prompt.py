@@ -1,0 +1,82 @@
+"""A prompt of generate() with recall: its text is read as a document is, and its last tokens ask about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from imdc.cache.branch import branch
+from imdc.cache.cache import ImdcCache
+from imdc.errors import UnsupportedCallError
+from imdc.observers import find_observer
+from imdc.prefill.engine import Engine
+from imdc.prefill.logits import real_tokens
+from imdc.prefill.questions import check_window, read_document, with_questions
+from imdc.prefill.requests import GenerateRequest
+from imdc.report import PrefillReport
+
+
+def check_recalling(engine: Engine, request: GenerateRequest) -> None:
+    """Refuse calls of generate(), and of ask(), that cannot take back what they need.
+
+    Raises:
+        UnsupportedCallError: drafts for another model, candidates of assisted decoding where the memory is renewed, a
+            cache that has read nothing, or several prompts.
+    """
+    config = engine.config
+    if config.recall == "none":
+        return
+    if request.drafting:
+        raise UnsupportedCallError(
+            f"recall={config.recall!r} is not for an assistant model, whose drafts are taken back; leave it out"
+        )
+    if request.assisted and config.recall_every is not None:
+        raise UnsupportedCallError(
+            f"recall_every={config.recall_every} counts single tokens, and assisted decoding or prompt lookup brings "
+            f"several at once; leave one of them out"
+        )
+    if isinstance(request.cache, ImdcCache) and request.cache.is_empty:
+        raise UnsupportedCallError(
+            f"an empty cache with recall={config.recall!r}: generate() makes one with a store; leave it out"
+        )
+    if request.cache is None and request.input_ids is not None and request.input_ids.shape[0] != 1:
+        raise UnsupportedCallError(
+            f"input_ids has {request.input_ids.shape[0]} rows, and recall={config.recall!r} reads one prompt at a "
+            f"time; call generate() once for each"
+        )
+
+
+def read_text(engine: Engine, cache: ImdcCache, request: GenerateRequest) -> tuple[ImdcCache, PrefillReport] | None:
+    """Read all of the prompt but its last tokens into the empty `cache`; None where it is a single token.
+
+    These last tokens, `observation_tokens` of them, are left for generate() to read as a question about the text.
+
+    Returns:
+        The cache for generate(), of as many rows as it works with, and what reading took.
+
+    Raises:
+        UnsupportedCallError: prompt and answer leave the model's window.
+        ConfigError: the text's store finds no room.
+    """
+    ids, mask, config = request.input_ids, request.arguments.get("attention_mask"), engine.config
+    if ids is None:
+        return None
+    real = real_tokens(ids, mask)[0]
+    columns = real.nonzero()[:, 0]
+    chunk = config.chunk_tokens if isinstance(config.chunk_tokens, int) else config.observation_tokens
+    asked = min(config.observation_tokens, chunk, columns.numel() - 1)
+    if asked < 1:
+        return None
+    first = int(columns[-asked])
+    observer = find_observer(config.observer)
+    # Questions of the user's own stay who decides.
+    known = [ids[:, first:][:, real[first:]]] if observer.rides_along and not observer.questions else None
+    reading = replace(engine, config=with_questions(config, known))
+    report = read_document(
+        reading,
+        cache,
+        ids[:, :first],
+        asked + max(1, request.new_tokens),
+        None if mask is None else mask[:, :first],
+    )
+    check_window(engine, cache, asked, request.new_tokens)
+    return branch(cache, request.copies), report

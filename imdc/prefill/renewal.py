@@ -1,0 +1,81 @@
+"""While an answer is written, take its memory back anew: what it needs changes with every sentence.
+
+Every `recall_every` tokens each layer compares the token that is decoded with all keys in the store, as a question is
+(`imdc.prefill.recall`), and the pairs of the text that it attends to most replace those that the cache held of it. What
+was read and written since the text stays. Then the layer attends as ever. Only keys are read for the comparison, so a
+renewal moves about half of what a question does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imdc.cache.cache import ImdcCache
+from imdc.config import PrefillConfig
+from imdc.kernels.reference import rotate
+from imdc.model.parts import Parts
+from imdc.prefill.backends import Backend
+from imdc.prefill.recall import Recall
+from imdc.prefill.renumber import moved
+
+
+@dataclass(slots=True)
+class Renewal:
+    """The renewal of one forward call that appends to `cache`, whose rows all asked about the text of one store."""
+
+    recall: Recall
+    cache: ImdcCache
+
+    @classmethod
+    def due(cls, parts: Parts, config: PrefillConfig, backend: Backend, cache: ImdcCache) -> Renewal | None:
+        """What to renew with for the next token, every `recall_every`-th of an answer; None where it is not time."""
+        every, store = config.recall_every, cache.store
+        if every is None or store is None or (cache.tail + 1) % every:
+            return None
+        return cls(Recall(store, parts, config, backend, cache.compact), cache)
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether `module` is an attention module of the model, of a layer that is compressed."""
+        layer = self.recall.parts.layer_of(module)
+        return layer is not None and self.recall.parts.windows[layer] is None
+
+    def renew(self, layer: int, q: Tensor, *, scale: float, softcap: float | None) -> None:
+        """Replace what `layer` holds of the text, in place, for the queries `q` [B, Hq, n, D] of its last tokens."""
+        held, rows, store = self.cache.layers[layer], self.cache.rows, self.recall.store
+        assert rows is not None, "only a filled cache decodes"
+        for row in range(q.shape[0]):
+            padding, asked = int(rows.padding[row, layer]), int(rows.tokens[row]) - store.tokens
+            own = asked + held.tail
+            text = slice(padding, held.stored - own)
+            if not self.recall.replaces(text.stop - text.start):
+                continue
+            asking, own_k = q[row : row + 1], held.keys[row : row + 1, :, text.stop :]
+            end = int(rows.position[row]) + held.tail
+            if self.recall.compact:
+                asking, own_k = (self._canonical(layer, x, end) for x in (asking, own_k))
+            keys, values, _ = self.recall.take(
+                layer,
+                asking,
+                own_k,
+                held.values[row : row + 1, :, text.stop :],
+                keep=text.stop - text.start,
+                scale=scale,
+                softcap=softcap,
+                attends=False,
+            )
+            if self.recall.compact:
+                tables = self._tables(layer, keys, end - own)
+                keys = keys if tables is None else rotate(keys, *tables)
+            held.keys[row, :, text], held.values[row, :, text] = keys[0], values[0]
+
+    def _canonical(self, layer: int, states: Tensor, end: int) -> Tensor:
+        """`states` [1, H, n, D], which were rotated to the positions before `end`, not rotated."""
+        tables = self._tables(layer, states, end)
+        return states if tables is None else moved(states, tables, None)
+
+    def _tables(self, layer: int, states: Tensor, end: int) -> tuple[Tensor, Tensor] | None:
+        positions = torch.arange(end - states.shape[2], end, device=states.device)
+        return self.recall.parts.rotary(layer, positions, states.dtype)
