@@ -130,6 +130,28 @@ def test_saved_questions_and_batches_recall_alike(positions: str, recall: str, t
         assert not torch.equal(handle.ask(loaded, questions, **GREEDY), alone)
 
 
+def test_a_reading_that_began_again_stores_what_one_does_that_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in the second step, when keys of the first wait for their group to fill."""
+    model = build("llama")
+    with imdc.patch(model, **{**TIGHT, "chunk_tokens": 40}, **INT8) as handle:
+        wanted = handle.read(text(300)).store
+    with imdc.patch(model, **{**TIGHT, "chunk_tokens": 80}, **INT8) as handle, pytest.warns(match="out of memory"):
+        write, failures = HostStore.write, [torch.OutOfMemoryError("injected")]
+
+        def once(self: HostStore, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+            if start and layer == 1 and failures:
+                raise failures.pop()
+            write(self, layer, start, keys, values)
+
+        monkeypatch.setattr(HostStore, "write", once)
+        got = handle.read(text(300)).store
+        assert handle.report is not None and handle.report.restarts == 1
+    assert got is not None and wanted is not None
+    # The first layer's pairs do not depend on what was evicted.
+    assert all(torch.equal(side[0], wanted.sides[name][0]) for name, side in got.sides.items())
+    assert got.nbytes() == wanted.nbytes()
+
+
 def test_versions_that_do_not_know_the_codes_refuse_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, formats = FAMILIES["llama"](), {}
     for dtype in ("model", "int8"):

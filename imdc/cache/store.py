@@ -90,6 +90,9 @@ class HostStore:
         codes, scales = quantised_values(values)
         pieces = [self._piece("values", layer, start, codes), self._piece("value_scales", layer, start, scales)]
         waiting, end = self._rest.pop(layer, None), start + keys.shape[1]
+        if start == 0:
+            # A reading that ran out of memory begins again.
+            waiting = None
         if waiting is not None:
             keys, start = torch.cat((waiting, keys), dim=1), start - waiting.shape[1]
         whole = keys.shape[1] if end == self.tokens else keys.shape[1] // INT8_GROUP * INT8_GROUP
