@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import imdc
 
-TOKENS = 1_024
+TOKENS = 512
 
 
 def read(model: PreTrainedModel, ids: torch.Tensor) -> Any:
@@ -44,7 +44,7 @@ def test_memory_that_holds_the_prompt_equals_the_unpatched_model(
         model.set_attn_implementation("eager")
         eager = last_logits(model, ids)
         model.set_attn_implementation(own)
-        with imdc.patch(model, memory_tokens=TOKENS + 64, chunk_tokens=352) as handle:
+        with imdc.patch(model, memory_tokens=TOKENS + 64, chunk_tokens=176) as handle:
             ours = read(model, ids)
             assert handle.report is not None and len(handle.report.steps) == 3
         exact = last_logits(model.double(), ids)
