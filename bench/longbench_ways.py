@@ -145,8 +145,9 @@ def parse_ways(text: str, *, observer: str, memory: Amount, chunk: Amount, optio
             continue
         _known("observer", watching or observer, tuple(OBSERVERS))
         kept = Amount.parse(amount) if amount else memory
-        recall = {"recall": "host"} if recalls else {}
-        recall |= {"recall_every": int(every)} if every else {}
+        recall: dict[str, Any] = {"recall": "host"} if recalls else {}
+        if every:
+            recall["recall_every"] = int(every)
         way = Way(word, schedule, watching or observer, kept, chunk, {**options, **recall})
         # Whatever does not work together is said before the model is loaded.
         way.config(4096)

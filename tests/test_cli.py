@@ -125,6 +125,23 @@ def test_generate_keeps_to_the_memory(tiny_model_dir: Path, document: Path, caps
     assert found["kv_bytes"] == 64 * 2 * 3 * 2 * 16 * 4
 
 
+def test_generate_takes_back_what_it_needs(
+    tiny_model_dir: Path, document: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_dir), "--file", str(document), *SMALL, "--recall", "host"]
+    assert main([*argv, "--recall-every", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    pair = 2 * 3 * 2 * 16 * 4
+    assert found["memory_tokens"] == 64 + 16 and found["host_bytes"] == (found["prompt_tokens"] - 16) * pair
+    assert found["recalled_bytes"] > 0 < found["recall_seconds"]
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    assert "all KV pairs, on the host" in output.out
+    # The bar goes on where the question is read.
+    tokens = [int(text.replace(",", "")) for text in re.findall(r"([\d,]+) tokens ", " ".join(output.err.split()))]
+    assert tokens == sorted(tokens) and tokens[-1] == found["prompt_tokens"]
+
+
 def test_generate_reads_standard_input(
     tiny_model_dir: Path, document: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,13 @@ def test_what_is_read_is_asked(
     text = shown(capsys, *ask)
     assert text.startswith(both[0]) and "s per question" in text and ("host memory" in text) == (recall == "host")
     assert ("on disk" in text) == (recall == "disk")
+    if recall == "none":
+        assert main([*ask, "--recall-every", "2"]) == 2
+        assert "no pairs to take back; read the document with" in capsys.readouterr().err
+    else:
+        renewed = json.loads(shown(capsys, *ask, "--recall-every", "2", "--json"))["answers"]
+        moved = [[one["recalled_bytes"] for one in several] for several in (renewed, answers["answers"])]
+        assert all(more > less for more, less in zip(*moved, strict=True))
     assert "tokens read in" in shown(capsys, *read)
 
 

@@ -16,6 +16,7 @@ from imdc.errors import ConfigError, UnsupportedCallError
 from imdc.prefill.recall import Recall
 
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "recall": "host"}
+OTHERS: list[dict[str, Any]] = [{"layer_budget": "pyramid"}, {"recall": "disk"}, {"recall_dtype": "int8"}]
 TAIL = PrefillConfig().observation_tokens
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
@@ -52,12 +53,16 @@ def test_a_memory_that_holds_the_prompt_answers_as_the_unpatched_model(family: s
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("every", [None, 3])
-def test_a_prompt_is_a_document_and_a_question(family: str, positions: str, every: int | None) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"recall_every": 3}, *({"recall_every": 3, **other} for other in OTHERS)],
+    ids=str,
+)
+def test_a_prompt_is_a_document_and_a_question(family: str, positions: str, options: dict[str, Any]) -> None:
     model, prompt = FAMILIES[family](), text(300)
     document, question = prompt[:, :-TAIL], prompt[:, -TAIL:]
     padded = torch.cat((torch.zeros(1, 7, dtype=torch.long), prompt), dim=1)
-    with imdc.patch(model, **TIGHT, positions=positions, recall_every=every) as handle:
+    with imdc.patch(model, **{**TIGHT, **options}, positions=positions) as handle:
         cache = handle.read(document, [question], room=TAIL + 8)
         wanted = handle.ask(cache, question, **GREEDY)
         asked = handle.report

@@ -64,6 +64,9 @@ class Reading:
             values["memory_tokens"] = self.report.memory_tokens
             values["prefill_seconds"] = self.report.seconds
             values["restarts"] = self.report.restarts
+            values["host_bytes"] = self.report.host_bytes
+            values["recalled_bytes"] = self.report.recalled_bytes
+            values["recall_seconds"] = self.report.recall_seconds
             values["steps"] = [
                 {
                     "chunk_tokens": step.chunk_tokens,

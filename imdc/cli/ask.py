@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from imdc.cli.answer import choose_device, quiet_transformers
+from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.units import format_bytes
 
@@ -31,6 +32,12 @@ def add_parser(subparsers: Any) -> None:
         default="host",
         help="where to take back pairs from, if the file has them: host memory, or the file itself (default: host)",
     )
+    parser.add_argument(
+        "--recall-every",
+        type=int,
+        metavar="N",
+        help="every Nth token of an answer takes back anew what it needs (default: what its question took stays)",
+    )
     parser.add_argument("--dtype", default="auto", help="that of the reading (default: auto)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if not os.path.isfile(args.cache):
         raise ConfigError(f"cannot read {args.cache!r}: no such file; save one with `imdc read --save`")
+    config = PrefillConfig(recall=args.recall, recall_every=args.recall_every)
     device = choose_device(args.device)
     quiet_transformers()
 
@@ -58,8 +66,13 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     cache = imdc.load_cache(args.cache, model, recall=args.recall)
     loaded = time.perf_counter() - began
+    if args.recall_every is not None and cache.store is None:
+        raise ConfigError(
+            f"--recall-every {args.recall_every} has no effect: {args.cache!r} has no pairs to take back; read the "
+            f"document with `imdc read --recall host`, or leave it out"
+        )
     answers: list[dict[str, Any]] = []
-    with imdc.patch(model) as handle:
+    with imdc.patch(model, config) as handle:
         for text in args.question:
             began = time.perf_counter()
             ids = frame.question(text).to(device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imdc.cli.answer import check_writable, choose_device, quiet_transformers, read_document, write_text
 from imdc.cli.options import add_config_options, config_from
-from imdc.config import BALANCES, SCHEDULES, UNPATCHED, PrefillConfig
+from imdc.config import BALANCES, SCHEDULES, UNPATCHED, PrefillConfig, option_names
 from imdc.errors import ConfigError, did_you_mean
 from imdc.units import format_tokens, parse_tokens
 
@@ -96,7 +96,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--probe", action="store_true", help="read once more and show what became of the memory")
     parser.add_argument("--html", metavar="FILE", help="write a report page that needs no network")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    add_config_options(parser)
+    # What is measured is a reading without a question, so nothing is taken back.
+    add_config_options(parser, leave_out=[name for name in option_names() if name.startswith("recall")])
 
 
 def compute(args: argparse.Namespace, progress: Progress | None = None) -> Outcome:

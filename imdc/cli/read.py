@@ -41,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    add_config_options(parser, DEFAULTS)
+    # That is about answers: `imdc ask` has it.
+    add_config_options(parser, DEFAULTS, leave_out=("recall_every",))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,17 +28,21 @@ def reading_progress(prompt_tokens: int) -> Iterator[Callable[[StepReport], None
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("Reading", total=prompt_tokens, detail="")
-        seconds = 0.0
+        seconds, before = 0.0, 0
 
         def on_step(step: StepReport) -> None:
-            nonlocal seconds
+            nonlocal seconds, before
             seconds += step.seconds
+            read = before + step.tokens_read
             detail = (
-                f"step {step.index + 1}/{step.step_count}  {step.tokens_read:,} tokens  "
-                f"{step.tokens_read / seconds:,.0f} tokens/s  memory {format_bytes(step.kv_bytes)}"
+                f"step {step.index + 1}/{step.step_count}  {read:,} tokens  "
+                f"{read / seconds:,.0f} tokens/s  memory {format_bytes(step.kv_bytes)}"
             )
-            progress.update(task, completed=step.tokens_read, detail=detail)
+            progress.update(task, completed=read, detail=detail)
             if step.tokens_read == step.prompt_tokens:
+                # With recall a prompt is read in two parts.
+                before = read
+            if read == prompt_tokens:
                 progress.update(task, description="Read")
 
         yield on_step
@@ -85,4 +89,9 @@ def costs_table(readings: Mapping[str, Reading]) -> Table:
         "KV cache after reading",
         *("not measured" if r.report is None else format_bytes(r.report.kv_bytes) for r in readings.values()),
     )
+    hosts = [0 if r.report is None else r.report.host_bytes for r in readings.values()]
+    if any(hosts):
+        table.add_row("all KV pairs, on the host", *(format_bytes(size) for size in hosts))
+        spent = [0.0 if r.report is None else r.report.recall_seconds for r in readings.values()]
+        table.add_row("time to take back from there", *(f"{seconds:.1f} s" for seconds in spent))
     return table

@@ -25,8 +25,9 @@ from imdc.prefill.decode import decode_inputs
 from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
 from imdc.prefill.hook import decode_masks, decoding
+from imdc.prefill.recall import Recall
 from imdc.prefill.recalled_prompt import check_recalling, read_text
-from imdc.prefill.renewal import Renewal
+from imdc.prefill.renewal import Renewal, renewal_due
 from imdc.prefill.requests import (
     GenerateRequest,
     bind,
@@ -264,12 +265,18 @@ class Boundary:
         check_decoding(self._parts, cache, count)
         with cache.appending():
             inputs = decode_inputs(self._parts, cache, named)
-            renewal = Renewal.due(self._parts, self._config, self._engine.backend()[0], cache)
+            renewal = self._renewal(cache)
             with decoding(decode_masks(self._parts, cache), renewal):
                 output = self._own_forward(**inputs, **{self._cache_name: cache})
         if renewal is not None and self.report is not None:
             self.report = self.report.renewed(renewal.recall.moved_bytes, renewal.recall.seconds)
         return output
+
+    def _renewal(self, cache: ImdcCache) -> Renewal | None:
+        if cache.store is None or not renewal_due(self._config, cache):
+            return None
+        backend, _ = self._engine.backend()
+        return Renewal(Recall(cache.store, self._parts, self._config, backend, cache.compact), cache)
 
 
 @contextmanager

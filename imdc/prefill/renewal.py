@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from imdc.cache.cache import ImdcCache
 from imdc.config import PrefillConfig
 from imdc.kernels.reference import rotate
-from imdc.model.parts import Parts
-from imdc.prefill.backends import Backend
 from imdc.prefill.recall import Recall
 from imdc.prefill.renumber import moved
+
+
+def renewal_due(config: PrefillConfig, cache: ImdcCache) -> bool:
+    """Whether the next token takes back anew: every `recall_every`-th of an answer about a text that has a store."""
+    every = config.recall_every
+    return every is not None and cache.store is not None and (cache.tail + 1) % every == 0
 
 
 @dataclass(slots=True)
@@ -28,14 +32,6 @@ class Renewal:
 
     recall: Recall
     cache: ImdcCache
-
-    @classmethod
-    def due(cls, parts: Parts, config: PrefillConfig, backend: Backend, cache: ImdcCache) -> Renewal | None:
-        """What to renew with for the next token, every `recall_every`-th of an answer; None where it is not time."""
-        every, store = config.recall_every, cache.store
-        if every is None or store is None or (cache.tail + 1) % every:
-            return None
-        return cls(Recall(store, parts, config, backend, cache.compact), cache)
 
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is an attention module of the model, of a layer that is compressed."""
