@@ -44,7 +44,8 @@ def read(model: Any, tokenizer: Any, question: Question, way: Way, unpatched: Se
     config = way.config(len(question.ids))
     with _cache(model, config) as (cache, handle):
         began, cpu_began = time.perf_counter(), time.process_time()
-        logits = _forward(model, ids, cache)
+        recalls = config is not None and config.recall != "none"
+        logits, cache = _asked(model, ids) if recalls else (_forward(model, ids, cache), cache)
         ttft, cpu_ttft = time.perf_counter() - began, time.process_time() - cpu_began
         before = copy.deepcopy(cache)
         gold_nats = _nats(model, copy.deepcopy(before), logits, gold)
@@ -85,6 +86,14 @@ def _cache(model: Any, config: imdc.PrefillConfig | None) -> Iterator[tuple[Any,
         yield handle.new_cache(), handle
     finally:
         handle.remove()
+
+
+def _asked(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
+    """As `_forward`, and the cache: with recall it is generate() that reads a prompt."""
+    mask = torch.ones_like(ids)
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    result = model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+    return result.logits[0][0].float(), result.past_key_values
 
 
 def _forward(model: Any, ids: Tensor, cache: Any) -> Tensor:

@@ -134,8 +134,6 @@ def _option(word: str, text: str) -> tuple[str, Any]:
             f"{', '.join(known)}; {', '.join(_TAKEN)} follow from the method, --memory, --chunk-tokens and --observer"
         )
     try:
-        parsed = json.loads(value)
+        return name, json.loads(value)
     except ValueError:
-        parsed = value
-    PrefillConfig(**{name: parsed})
-    return name, parsed
+        return name, value

@@ -131,7 +131,7 @@ def parse_ways(text: str, *, observer: str, memory: Amount, chunk: Amount, optio
     """
     ways = []
     for word in filter(None, (word.strip() for word in text.split(","))):
-        found = re.fullmatch(r"([^:@+]+)(?::([^:@+]+))?(?:@([^:@+]+))?(\+recall([1-9]\d*)?)?", word)
+        found = re.fullmatch(r"([^:@+]+)(?::([^:@+]+))?(?:@([^:@+]+))?(\+recall(\d+)?)?", word)
         if found is None:
             raise WayError(
                 f"--schedules {word!r} is not SCHEDULE[:OBSERVER][@MEMORY][+recall[EVERY]], such as imdc:window@1/4"

@@ -41,13 +41,16 @@ WAYS: dict[str, tuple[dict[str, Any], str | None]] = {
     "known": ({"observer": "questions"}, "all"),
     "generic": ({"observer": "questions"}, "generic"),
     "first": ({"observer": "questions"}, "first"),
-    "recall": ({"observer": "questions", "recall": "host"}, "generic"),
+    "recall": ({"observer": "questions", "recall": "host", "recall_every": 0}, "generic"),
     **{
         f"recall every {every}": ({"observer": "questions", "recall": "host", "recall_every": every}, "generic")
         for every in (1, 2, 4)
     },
-    "recall int8": ({"observer": "questions", "recall": "host", "recall_dtype": "int8"}, "generic"),
-    "recall window": ({"observer": "window", "recall": "host"}, None),
+    "recall int8": (
+        {"observer": "questions", "recall": "host", "recall_every": 0, "recall_dtype": "int8"},
+        "generic",
+    ),
+    "recall window": ({"observer": "window", "recall": "host", "recall_every": 0}, None),
 }
 
 

@@ -26,6 +26,7 @@ POSITIONS = ("auto", "original", "compact")
 STARTS = ("auto", PER_STEP)
 RECALLS = ("none", "host", "disk")
 RECALL_DTYPES = ("model", "int8")
+RECALL_EVERY = 2
 BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 # Decoding appends to a layer one KV pair at a time; room is made for this many at once.
 TAIL_BLOCK = 128
@@ -82,8 +83,8 @@ class PrefillConfig:
         recall: what becomes of evicted pairs: "none" drops them, "host" stores all pairs of the text in host memory and
             "disk" in a file, from which its question takes back those that it needs: that of `handle.ask()`, or the
             last `observation_tokens` of a prompt of `generate()`.
-        recall_every: generated tokens after which an answer takes back anew what it needs by then; None leaves it with
-            what its question took. Until `decode_tokens` compress the cache.
+        recall_every: every how manyth token of an answer takes back anew what it needs by then; 0 leaves it with what
+            its question took. Until `decode_tokens` compress the cache.
         recall_limit: bytes for that at most; left out, what the system or the disk has available.
         recall_dir: folder of that file, which goes with the cache; left out, the system's for temporary files.
         recall_dtype: what is stored there, "model" (pairs in the model's dtype, as they are) or "int8" (about half of
@@ -120,7 +121,8 @@ class PrefillConfig:
     backend: str = "auto"
     preset: str = "default"
     recall: str = "none"
-    recall_every: int | None = None
+    # What the question took serves an answer's first words: of 0.40 nats that its own answers cost more, 0.07 are left.
+    recall_every: int = RECALL_EVERY
     recall_limit: int | None = None
     recall_dir: str | None = None
     recall_dtype: str = "model"
@@ -140,9 +142,8 @@ class PrefillConfig:
             )
         if self.decode_tokens is not None:
             check_int("decode_tokens", self.decode_tokens, 1)
-        for name in ("recall_every", "recall_limit"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
+        if self.recall_limit is not None:
+            check_int("recall_limit", self.recall_limit, 1)
         for name, (unset, places) in _FOR_RECALL.items():
             if getattr(self, name) != unset and self.recall not in places:
                 raise ConfigError(
@@ -271,10 +272,10 @@ CHOICES: dict[str, Sequence[str]] = {
     "recall_dtype": RECALL_DTYPES,
 }
 _LEAST = dict.fromkeys(("memory_tokens", "observation_tokens", "observation_stride", "pool_kernel"), 1)
-_LEAST |= dict.fromkeys(("sink_tokens", "recent_tokens"), 0)
+_LEAST |= dict.fromkeys(("sink_tokens", "recent_tokens", "recall_every"), 0)
 # What each is where it was left out, and with which recall it has an effect.
-_FOR_RECALL: dict[str, tuple[str | None, Sequence[str]]] = {
-    "recall_every": (None, ("host", "disk")),
+_FOR_RECALL: dict[str, tuple[str | int | None, Sequence[str]]] = {
+    "recall_every": (RECALL_EVERY, ("host", "disk")),
     "recall_limit": (None, ("host", "disk")),
     "recall_dtype": ("model", ("host", "disk")),
     "recall_dir": (None, ("disk",)),

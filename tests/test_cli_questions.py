@@ -75,9 +75,9 @@ def test_what_is_read_is_asked(
         assert main([*ask, "--recall-every", "2"]) == 2
         assert "no pairs to take back; read the document with" in capsys.readouterr().err
     else:
-        renewed = json.loads(shown(capsys, *ask, "--recall-every", "2", "--json"))["answers"]
-        moved = [[one["recalled_bytes"] for one in several] for several in (renewed, answers["answers"])]
-        assert all(more > less for more, less in zip(*moved, strict=True))
+        never = json.loads(shown(capsys, *ask, "--recall-every", "0", "--json"))["answers"]
+        moved = [[one["recalled_bytes"] for one in several] for several in (answers["answers"], never)]
+        assert all(more > less > 0 for more, less in zip(*moved, strict=True))
     assert "tokens read in" in shown(capsys, *read)
 
 

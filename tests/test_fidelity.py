@@ -109,6 +109,20 @@ def test_a_run_measures_every_way_of_every_question(
     assert len(answers(tmp_path)) == len(found)
 
 
+def test_what_is_taken_back_is_measured(load: Load, options: list[str], tmp_path: Path) -> None:
+    methods = "full,imdc,imdc:recall=host,imdc:recall=host:recall_every=0"
+    assert load("fidelity").main([*options, *NOTHING_PLANTED, "--methods", methods]) == 0
+    found = {(sample["way"], sample["id"]): sample for sample in answers(tmp_path)}
+    assert len(found) == 2 * (1 + 3 * 2)
+    for (way, number), sample in found.items():
+        if way.endswith("@100%"):
+            assert sample["tokens"] == found["full", number]["tokens"]
+    others = ("", ":recall=host", ":recall=host:recall_every=0")
+    numbers = [number for way, number in found if way == "full"]
+    nats = {tuple(found[f"imdc{way}@1/4", number]["own_nats"] for number in numbers) for way in others}
+    assert len(nats) == 3
+
+
 def test_a_run_that_was_up_goes_on(load: Load, options: list[str], tmp_path: Path) -> None:
     asked = [*options, *NOTHING_PLANTED]
     assert load("fidelity").main([*asked, "--max-minutes", "0"]) == 1

@@ -154,9 +154,9 @@ def test_ways_of_reading(ways: ModuleType) -> None:
     assert (aware.config(10_000).memory_tokens, aware.config(10_000).observer) == (1250, "prompt_tail")
     assert (blind.config(10_000).memory_tokens, blind.config(10_000).observer) == (2500, "window")
     assert aware.aware and not blind.aware and blind.config(10_000).balance == "bytes"
-    whole, often = parse(ways, "imdc@1/8+recall,fm:window+recall2")
-    assert whole.config(8192).recall == "host" and whole.config(8192).recall_every is None
-    assert often.config(8192).recall_every == 2 and often.config(8192).memory_tokens == 2048
+    whole, never = parse(ways, "imdc@1/8+recall,fm:window+recall0")
+    assert whole.config(8192).recall == "host" and whole.config(8192).recall_every > 0
+    assert never.config(8192).recall_every == 0 and never.config(8192).memory_tokens == 2048
     assert whole.name == "imdc@1/8+recall" and whole.key != aware.key
     # Sinks and recent tokens are always kept: of a short prompt there is something to choose beside them.
     assert aware.config(100).memory_tokens == 4 + 32 + 32

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from imdc.cli.answer import choose_device, quiet_transformers
-from imdc.config import PrefillConfig
+from imdc.config import RECALL_EVERY, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.units import format_bytes
 
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--recall-every",
         type=int,
         metavar="N",
-        help="every Nth token of an answer takes back anew what it needs (default: what its question took stays)",
+        help=f"every Nth token of an answer takes back anew what it needs, 0: none does (default: {RECALL_EVERY})",
     )
     parser.add_argument("--dtype", default="auto", help="that of the reading (default: auto)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if not os.path.isfile(args.cache):
         raise ConfigError(f"cannot read {args.cache!r}: no such file; save one with `imdc read --save`")
-    config = PrefillConfig(recall=args.recall, recall_every=args.recall_every)
+    config = PrefillConfig(
+        recall=args.recall, recall_every=RECALL_EVERY if args.recall_every is None else args.recall_every
+    )
     device = choose_device(args.device)
     quiet_transformers()
 

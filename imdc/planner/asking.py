@@ -39,7 +39,7 @@ def predict_question(
         after = Kept.after(shape, question, kept.full + rows, kept.fullest + rows)
         others = kept.row_bytes + 3 * mask
         found.append(replace(_answering(batch, after), others=others))
-        if recalled and config.recall_every is not None:
+        if recalled and config.recall_every:
             work = Work(shape, config, Step(0, 0, 1, kept.full, kept.full + 1), 0, True, backend, compact)
             work = replace(work, recalled=recalled, machine=machine)
             renewal = recall_bytes(work, Layers(1, kept.fullest, kept.fullest, None), rows + batch.decoded_tokens)

@@ -165,7 +165,7 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
 
 def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_tokens: int) -> int:
     """Bytes that an answer reads of a store each time when it takes its pairs back anew: all keys, and those pairs."""
-    if config.recall_every is None or stored_tokens >= batch.prompt_tokens:
+    if config.recall == "none" or not config.recall_every or stored_tokens >= batch.prompt_tokens:
         return 0
     tokens = batch.prompt_tokens
     read = [_side_bytes(shape, config, len(block))[0] for block in blocks(tokens)]

@@ -22,17 +22,17 @@ def check_recalling(engine: Engine, request: GenerateRequest) -> None:
         UnsupportedCallError: drafts for another model, candidates of assisted decoding where the memory is renewed, a
             cache that has read nothing, or several prompts.
     """
-    config = engine.config
+    config, stored = engine.config, isinstance(request.cache, ImdcCache) and request.cache.store is not None
+    if request.assisted and config.recall_every and (stored or config.recall != "none"):
+        raise UnsupportedCallError(
+            f"recall_every={config.recall_every} counts single tokens, and assisted decoding or prompt lookup brings "
+            f"several at once; leave those out, or set recall_every=0 (with recall='host')"
+        )
     if config.recall == "none":
         return
     if request.drafting:
         raise UnsupportedCallError(
             f"recall={config.recall!r} is not for an assistant model, whose drafts are taken back; leave it out"
-        )
-    if request.assisted and config.recall_every is not None:
-        raise UnsupportedCallError(
-            f"recall_every={config.recall_every} counts single tokens, and assisted decoding or prompt lookup brings "
-            f"several at once; leave one of them out"
         )
     if isinstance(request.cache, ImdcCache) and request.cache.is_empty:
         raise UnsupportedCallError(

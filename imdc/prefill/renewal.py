@@ -23,7 +23,7 @@ from imdc.prefill.renumber import moved
 def renewal_due(config: PrefillConfig, cache: ImdcCache) -> bool:
     """Whether the next token takes back anew: every `recall_every`-th of an answer about a text that has a store."""
     every = config.recall_every
-    return every is not None and cache.store is not None and (cache.tail + 1) % every == 0
+    return every > 0 and cache.store is not None and (cache.tail + 1) % every == 0
 
 
 @dataclass(slots=True)
