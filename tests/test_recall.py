@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, build
 from torch import Tensor
 
 import imdc
+from imdc.cache.rows import Taken
 from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
@@ -86,6 +87,34 @@ def test_what_is_taken_back_is_what_one_token_attends_to_most(
         assert torch.equal(got, torch.stack([side[0, chosen[0, head], head] for head in range(2)])[None])
     taken = sum(one.store.gather(side, 0, chosen.transpose(1, 2), q.device)[1] for side in stored)
     assert one.moved_bytes >= one.store.sides["keys"][0].nbytes + taken
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_an_answer_keeps_what_its_question_attended_to_more(compact: bool) -> None:
+    one, q, own, own_v = random_recall(300, compact, False)
+    options: dict[str, Any] = {"keep": 20, "scale": 0.4, "softcap": None}
+    one.take(0, q, own, own_v, **options)
+    asked = one.taken[0]
+    assert asked.places.shape == asked.scores.shape == (1, 2, 20)
+    stored = one.store.sides["values"][0]
+
+    def places() -> list[set[int]]:
+        _, values, out = one.take(0, q[:, :, -1:], own, own_v, **options, attends=False)
+        assert out is None
+        found = [
+            [stored[0, :, head].eq(value).all(dim=1).nonzero().item() for value in values[0, head]] for head in (0, 1)
+        ]
+        assert found == [sorted(head) for head in found]
+        return [set(map(int, head)) for head in found]
+
+    one.taken = {}
+    alone = places()
+    # As much as a share of attention can be, and next to nothing.
+    ten = torch.arange(100, 120, 2, dtype=torch.int32).expand(1, 2, 10)
+    one.taken = {0: Taken(ten, torch.full((1, 2, 10), 2.0))}
+    assert all(set(range(100, 120, 2)) <= head for head in places())
+    one.taken = {0: Taken(ten, torch.full((1, 2, 10), 1e-30))}
+    assert places() == alone
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "phi3"])

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a question took back in one layer: `places` int32 [1, Hkv, m] in the text, and their `scores`, float32.
+
+    Both on the CPU.
+    """
+
+    places: Tensor
+    scores: Tensor
 
 
 @dataclass(slots=True)
@@ -22,6 +33,7 @@ class Row:
         compact: whether its memory is numbered 0..m-1.
         question: the last token ids of the turn's prompt, int64 [n] on the CPU: who judges while the answer is
             compressed.
+        taken: what its question took back, per layer that did; nothing without recall.
     """
 
     keys: list[Tensor | None]
@@ -30,6 +42,7 @@ class Row:
     position: int = 0
     compact: bool = False
     question: Tensor | None = None
+    taken: dict[int, Taken] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, layers: int) -> Row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from imdc.config import PrefillConfig
-from imdc.model.backend_rule import Machine
+from imdc.model.backend_rule import KERNELS, Machine
 from imdc.planner.batch import Batch, Kept, row_activations, row_logits, tail_room
 from imdc.planner.footprint import StepFootprint, predict
 from imdc.planner.recalling import recall_bytes
@@ -34,10 +34,13 @@ def predict_question(
     (read,) = predict(shape, whole, [step], backend=backend, compact=compact, batch=question, machine=machine)
     # Masks of all columns, int64: the caller's and that of generate(), and one of their positions.
     mask = 8 * (tokens + rows)
-    found = [replace(read, phase="asking", others=kept.row_bytes + 2 * mask)]
+    # Places and scores of what the question took stay on the host, which may be the device too.
+    taken = 8 * shape.kv_heads * kept.full * shape.full_layers if recalled and config.recall_every else 0
+    held = kept.row_bytes + (taken if backend not in KERNELS else 0)
+    found = [replace(read, phase="asking", others=held + 2 * mask)]
     if batch.decoded_tokens:
         after = Kept.after(shape, question, kept.full + rows, kept.fullest + rows)
-        others = kept.row_bytes + 3 * mask
+        others = held + 3 * mask
         found.append(replace(_answering(batch, after), others=others))
         if recalled and config.recall_every:
             work = Work(shape, config, Step(0, 0, 1, kept.full, kept.full + 1), 0, True, backend, compact)

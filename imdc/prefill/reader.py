@@ -97,6 +97,7 @@ class Reader:
         if reading.recall is not None:
             self.recalled_bytes += reading.recall.moved_bytes
             self.recall_seconds += reading.recall.seconds
+            row.taken = reading.recall.taken
         self.finished_bytes += row.nbytes()
         output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output

@@ -24,7 +24,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from einops import rearrange
 from torch import Tensor
 
 from imdc.cache.cache import ImdcCache
+from imdc.cache.rows import Taken
 from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
@@ -50,6 +51,7 @@ class Recall:
     """What a question takes back from `store`, layer by layer; one object for all layers.
 
     Attributes:
+        taken: what a question took in each layer, to be held against what its answer attends to; with renewals only.
         moved_bytes: bytes of keys and values that were read from the store so far.
         seconds: wall-clock time that this took, scores and selection included.
     """
@@ -59,6 +61,7 @@ class Recall:
     config: PrefillConfig
     backend: Backend
     compact: bool
+    taken: dict[int, Taken] = field(default_factory=dict)
     moved_bytes: int = 0
     seconds: float = 0.0
 
@@ -89,7 +92,8 @@ class Recall:
             keep: pairs to take per KV head, fewer than there are.
             scale: factor on the logits.
             softcap: cap of the logits, or None.
-            attends: whether the queries attend to the whole text; values are read for that alone.
+            attends: whether the queries are a question's, which attend to the whole text; values are read for that
+                alone. An answer's are not, and what its question took keeps the scores that it had.
 
         Returns:
             Keys and values [1, Hkv, keep, D], in the order of the text; and the attention output [1, Hq, n, D] over
@@ -97,12 +101,18 @@ class Recall:
         """
         began = time.perf_counter()
         scores, out = self._attend(layer, q, own_k, own_v, scale, softcap, attends)
+        if not attends and layer in self.taken:
+            before = self.taken[layer]
+            where = before.places.to(scores.device, torch.int64)
+            scores.scatter_reduce_(-1, where, before.scores.to(scores.device), "amax")
         places: Tensor = self.backend.select(
             scores,
             keep,
             sink_tokens=self.config.sink_tokens,
             recent_tokens=0,
         )
+        if attends and self.config.recall_every:
+            self.taken[layer] = Taken(places.to("cpu", torch.int32), scores.gather(-1, places).cpu())
         places = places.to("cpu").transpose(1, 2)
         keys, values = (self._taken(side, layer, places, q) for side in ("keys", "values"))
         self.seconds += time.perf_counter() - began

@@ -1,9 +1,10 @@
 """While an answer is written, take its memory back anew: what it needs changes with every sentence.
 
 Every `recall_every` tokens each layer compares the token that is decoded with all keys in the store, as a question is
-(`imdc.prefill.recall`), and the pairs of the text that it attends to most replace those that the cache held of it. What
-was read and written since the text stays. Then the layer attends as ever. Only keys are read for the comparison, so a
-renewal moves about half of what a question does.
+(`imdc.prefill.recall`), and the pairs of the text that it or the question attends to most replace those that the cache
+held of it: a key's score is the higher of the two, and of the question's only those of the pairs that it took can
+matter. What was read and written since the text stays. Then the layer attends as ever. Only keys are read for the
+comparison, so a renewal moves about half of what a question does.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Renewal:
             end = int(rows.position[row]) + held.tail
             if self.recall.compact:
                 asking, own_k = (self._canonical(layer, x, end) for x in (asking, own_k))
+            self.recall.taken = self.cache.taken[row]
             keys, values, _ = self.recall.take(
                 layer,
                 asking,
