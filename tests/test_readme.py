@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 def test_python_example_runs(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = blocks("python")
+    example, recalling = blocks("python")
     assert len(example.strip().splitlines()) <= 11
     (tmp_path / "book.txt").write_text("Call me Ishmael. " * 250)
     monkeypatch.chdir(tmp_path)
@@ -32,6 +32,9 @@ def test_python_example_runs(
     report = named["handle"].report
     assert report.memory_tokens == 2048 < report.prompt_tokens
     assert str(report.kv_bytes) in capsys.readouterr().out
+    before = named.pop("output")
+    exec(recalling, named)
+    assert named["output"].shape == before.shape and named["output"] is not before
     assert "_imdc_handle" not in vars(named["model"])
 
 
