@@ -169,6 +169,17 @@ def test_saved_questions_and_batches_recall_alike(positions: str, tmp_path: Path
         assert not torch.equal(handle.ask(loaded, questions, **GREEDY), alone)
 
 
+def test_rows_of_a_loaded_cache_can_be_chosen(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    with imdc.patch(model, **TIGHT) as handle:
+        imdc.save_cache(handle.read(text(300)), tmp_path / "document")
+        loaded = imdc.load_cache(tmp_path / "document", model)
+    loaded.batch_repeat_interleave(3)
+    loaded.reorder_cache(torch.tensor([2, 0]))
+    loaded.batch_select_indices(torch.tensor([1]))
+    assert loaded.rows is not None and loaded.rows.tokens.tolist() == [300] and loaded.layers[0].keys.shape[0] == 1
+
+
 def test_host_memory_is_bounded() -> None:
     model = FAMILIES["llama"]()
     needed = 3 * 2 * 2 * 16 * 4 * 300

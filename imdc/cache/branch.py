@@ -23,6 +23,5 @@ def branch(cache: ImdcCache, rows: int = 1) -> ImdcCache:
     twin = copy.copy(cache)
     twin.layers = [layer.twin(rows) for layer in cache.layers]
     twin.rows = cache.rows.select(torch.zeros(rows, dtype=torch.long))
-    twin.taken = [{} for _ in range(rows)]
     twin.anew, twin.turn, twin.is_branch, twin.asked = {}, None, True, False
     return twin

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imdc.cache.layers import Mark, MemoryLayer, SlidingLayer
-from imdc.cache.rows import Row, RowState, Taken
+from imdc.cache.rows import Row, RowState
 from imdc.cache.store import HostStore
 from imdc.cache.turn import Turn
 from imdc.errors import UnsupportedCallError
@@ -29,7 +29,6 @@ class ImdcCache(hf.Cache):
         anew: per row the whole text, int64 [n], where the next turn does not fit what is stored.
         is_branch: whether it belongs to a question, whose turn drops nothing; see `imdc.cache.branch`.
         asked: whether that turn is over.
-        taken: what the question of each row took back, per layer that did; with renewals of an answer only.
         store: all pairs of the text in host memory or a file, where questions take back what was evicted; None without
             recall.
     """
@@ -50,7 +49,6 @@ class ImdcCache(hf.Cache):
         self.rows: RowState | None = None
         self.turn: Turn | None = None
         self.anew: dict[int, Tensor] = {}
-        self.taken: list[dict[int, Taken]] = []
         self._open = False
 
     @property
@@ -153,7 +151,6 @@ class ImdcCache(hf.Cache):
                 layer.cumulative_length = width
         state = RowState.of(rows, paddings)
         self.rows, self.width = state.select(order), width
-        self.taken = [rows[number].taken for number in order.tolist()]
 
     @staticmethod
     def _stack(rows: list[Tensor | None], order: Tensor, least: int) -> Tensor:
@@ -268,7 +265,7 @@ class ImdcCache(hf.Cache):
     def reset(self) -> None:
         """Forget everything; the next forward call reads a prompt."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.phase, self.rows, self.width, self.store, self.taken = "prefill", None, 0, None, []
+        self.phase, self.rows, self.width, self.store = "prefill", None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
@@ -289,4 +286,3 @@ class ImdcCache(hf.Cache):
     def _select_rows(self, index: Tensor) -> None:
         if self.rows is not None:
             self.rows = self.rows.select(index)
-            self.taken = [self.taken[number] for number in index.tolist()]

@@ -69,6 +69,7 @@ class RowState:
         padding: int64 [B, layers], unused slots at the front of the full-attention layers of shorter rows.
         compact: whether the row's memory is numbered 0..m-1.
         question: the last token ids of the turn's prompt, int64 [B, n], shorter ones preceded by -1.
+        taken: per row what its question took back, per layer that did; no tensors, and no file has it.
     """
 
     tokens: Tensor
@@ -76,6 +77,11 @@ class RowState:
     padding: Tensor
     compact: Tensor
     question: Tensor
+    taken: list[dict[int, Taken]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Rows of which nothing is said took nothing back."""
+        self.taken = self.taken or [{} for _ in range(self.tokens.numel())]
 
     @classmethod
     def of(cls, rows: list[Row], padding: list[list[int]]) -> RowState:
@@ -87,9 +93,11 @@ class RowState:
             padding=torch.tensor(padding).T.contiguous(),
             compact=torch.tensor([row.compact for row in rows]),
             question=pad_sequence(questions, batch_first=True, padding_value=-1, padding_side="left"),
+            taken=[row.taken for row in rows],
         )
 
     def select(self, index: Tensor) -> RowState:
         """The rows `index`, in that order."""
         index = index.cpu()
-        return RowState(*(getattr(self, field.name)[index] for field in fields(self)))
+        tensors = {one.name: getattr(self, one.name)[index] for one in fields(self) if one.name != "taken"}
+        return RowState(**tensors, taken=[self.taken[number] for number in index.tolist()])

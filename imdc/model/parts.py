@@ -107,6 +107,11 @@ class Parts:
         known = number is not None and number < len(layers) and layers[number].self_attn is module
         return int(number) if known else None
 
+    def is_compressed(self, module: nn.Module) -> bool:
+        """Whether `module` is an attention module of the model, of a layer that is compressed."""
+        layer = self.layer_of(module)
+        return layer is not None and self.windows[layer] is None
+
     def device(self, layer: int | None = None) -> torch.device:
         """Where a layer computes, or the embedding, which takes the token ids; also while weights are offloaded."""
         module = self.decoder.get_input_embeddings() if layer is None else self.decoder.layers[layer]

@@ -43,8 +43,8 @@ def predict_question(
         others = held + 3 * mask
         found.append(replace(_answering(batch, after), others=others))
         if recalled and config.recall_every:
-            work = Work(shape, config, Step(0, 0, 1, kept.full, kept.full + 1), 0, True, backend, compact)
-            work = replace(work, recalled=recalled, machine=machine)
+            token = Step(0, 0, 1, kept.full, kept.full + 1)
+            work = Work(shape, config, token, 0, True, backend, compact, machine=machine, recalled=recalled)
             renewal = recall_bytes(work, Layers(1, kept.fullest, kept.fullest, None), rows + batch.decoded_tokens)
             found.append(replace(_renewing(batch, after, renewal), others=others))
     return tuple(found)

@@ -156,10 +156,9 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
     tokens, rows = batch.prompt_tokens, batch.question_tokens
     if config.recall == "none" or not rows or stored_tokens >= tokens:
         return 0
-    read = [_side_bytes(shape, config, len(block)) for block in blocks(tokens)]
-    found = sum(keys for keys, _ in read) + sum(keys for keys, _ in read[held_blocks(shape.q_heads, rows, tokens) :])
+    found = _compared_bytes(shape, config, rows, tokens)
     if recalls_whole(shape.max_positions, rows, tokens, compact):
-        found += sum(values for _, values in read)
+        found += _side_bytes(shape, config, tokens)[1]
     return shape.full_layers * (found + _gathered_bytes(shape, config, tokens, stored_tokens))
 
 
@@ -168,9 +167,14 @@ def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, 
     if config.recall == "none" or not config.recall_every or stored_tokens >= batch.prompt_tokens:
         return 0
     tokens = batch.prompt_tokens
+    compared = _compared_bytes(shape, config, 1, tokens)
+    return shape.full_layers * (compared + _gathered_bytes(shape, config, tokens, stored_tokens))
+
+
+def _compared_bytes(shape: ModelShape, config: PrefillConfig, rows: int, tokens: int) -> int:
+    """Bytes of the keys of a text that `rows` queries are compared with, in one layer; some are read twice."""
     read = [_side_bytes(shape, config, len(block))[0] for block in blocks(tokens)]
-    again = sum(read[held_blocks(shape.q_heads, 1, tokens) :])
-    return shape.full_layers * (sum(read) + again + _gathered_bytes(shape, config, tokens, stored_tokens))
+    return sum(read) + sum(read[held_blocks(shape.q_heads, rows, tokens) :])
 
 
 def _gathered_bytes(shape: ModelShape, config: PrefillConfig, tokens: int, stored_tokens: int) -> int:

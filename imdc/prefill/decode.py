@@ -62,8 +62,7 @@ class DecodeMasks:
 
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is an attention module of the model, of a layer that is compressed."""
-        layer = self.parts.layer_of(module)
-        return layer is not None and self.parts.windows[layer] is None
+        return self.parts.is_compressed(module)
 
     def of(self, layer: int, query: Tensor, key: Tensor, *, eager: bool) -> Tensor | None:
         """The mask [B, 1, Q, T] of queries [B, Hq, Q, D] over keys [B, Hkv, T, D] of a layer.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from imdc.cache.rows import Row
 from imdc.config import PrefillConfig
-from imdc.kernels.reference import rotate
 from imdc.model import hf
 from imdc.model.parts import Parts
 from imdc.observers import find_observer
@@ -19,7 +18,7 @@ from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import ProbeResult, Recorder
-from imdc.prefill.renumber import moved
+from imdc.prefill.renumber import turned
 from imdc.prefill.step import StepRun
 from imdc.prefill.turn import RowTurn
 from imdc.report import StepReport
@@ -150,11 +149,7 @@ class Reader:
         for layer, keys in enumerate(row.keys):
             if keys is None or layer in leave_out:
                 continue
-            positions = torch.arange(end - keys.shape[2], end, device=keys.device)
-            # transformers rotates in the model's dtype, and a memory that dropped nothing must equal its cache.
-            tables = self.parts.rotary(layer, positions, keys.dtype)
-            if tables is not None:
-                row.keys[layer] = moved(keys, tables, None) if back else rotate(keys, *tables)
+            row.keys[layer] = turned(self.parts, layer, keys, end, back=back)
 
     def _report(
         self,

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from imdc.cache.cache import ImdcCache
 from imdc.config import PrefillConfig
-from imdc.kernels.reference import rotate
 from imdc.prefill.recall import Recall
-from imdc.prefill.renumber import moved
+from imdc.prefill.renumber import turned
 
 
 def renewal_due(config: PrefillConfig, cache: ImdcCache) -> bool:
-    """Whether the next token takes back anew: every `recall_every`-th of an answer about a text that has a store."""
+    """Whether the next token takes back anew: every `recall_every`-th of an answer."""
     every = config.recall_every
-    return every > 0 and cache.store is not None and (cache.tail + 1) % every == 0
+    return every > 0 and (cache.tail + 1) % every == 0
 
 
 @dataclass(slots=True)
@@ -36,12 +34,12 @@ class Renewal:
 
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is an attention module of the model, of a layer that is compressed."""
-        layer = self.recall.parts.layer_of(module)
-        return layer is not None and self.recall.parts.windows[layer] is None
+        return self.recall.parts.is_compressed(module)
 
     def renew(self, layer: int, q: Tensor, *, scale: float, softcap: float | None) -> None:
         """Replace what `layer` holds of the text, in place, for the queries `q` [B, Hq, n, D] of its last tokens."""
-        held, rows, store = self.cache.layers[layer], self.cache.rows, self.recall.store
+        held, rows = self.cache.layers[layer], self.cache.rows
+        store, parts = self.recall.store, self.recall.parts
         assert rows is not None, "only a filled cache decodes"
         for row in range(q.shape[0]):
             padding, asked = int(rows.padding[row, layer]), int(rows.tokens[row]) - store.tokens
@@ -52,8 +50,8 @@ class Renewal:
             asking, own_k = q[row : row + 1], held.keys[row : row + 1, :, text.stop :]
             end = int(rows.position[row]) + held.tail
             if self.recall.compact:
-                asking, own_k = (self._canonical(layer, x, end) for x in (asking, own_k))
-            self.recall.taken = self.cache.taken[row]
+                asking, own_k = (turned(parts, layer, x, end, back=True) for x in (asking, own_k))
+            self.recall.taken = rows.taken[row]
             keys, values, _ = self.recall.take(
                 layer,
                 asking,
@@ -65,15 +63,5 @@ class Renewal:
                 attends=False,
             )
             if self.recall.compact:
-                tables = self._tables(layer, keys, end - own)
-                keys = keys if tables is None else rotate(keys, *tables)
+                keys = turned(parts, layer, keys, end - own)
             held.keys[row, :, text], held.values[row, :, text] = keys[0], values[0]
-
-    def _canonical(self, layer: int, states: Tensor, end: int) -> Tensor:
-        """`states` [1, H, n, D], which were rotated to the positions before `end`, not rotated."""
-        tables = self._tables(layer, states, end)
-        return states if tables is None else moved(states, tables, None)
-
-    def _tables(self, layer: int, states: Tensor, end: int) -> tuple[Tensor, Tensor] | None:
-        positions = torch.arange(end - states.shape[2], end, device=states.device)
-        return self.recall.parts.rotary(layer, positions, states.dtype)

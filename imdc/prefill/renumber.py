@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from imdc.kernels.reference import rotate
+from imdc.model.parts import Parts
 
 Tables = tuple[Tensor, Tensor]
 
@@ -35,6 +36,16 @@ def moved(keys: Tensor, old: Tables, new: Tables | None, *, seed: int = 0) -> Te
     to_cos, to_sin = new[0].float(), new[1].float()
     cos, sin = (to_cos * cos + to_sin * sin) / stretch, (to_sin * cos - to_cos * sin) / stretch
     return _rounded(rotate(keys.float(), cos, sin), keys.dtype, seed)
+
+
+def turned(parts: Parts, layer: int, states: Tensor, end: int, *, back: bool = False) -> Tensor:
+    """`states` [1, H, n, D] of `layer`, rotated to the positions before `end`, or with that taken `back`."""
+    positions = torch.arange(end - states.shape[2], end, device=states.device)
+    # transformers rotates in the model's dtype, and a memory that dropped nothing must equal its cache.
+    tables = parts.rotary(layer, positions, states.dtype)
+    if tables is None:
+        return states
+    return moved(states, tables, None) if back else rotate(states, *tables)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
