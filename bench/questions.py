@@ -34,6 +34,7 @@ from imdc.model.loading import load_model
 
 _UNFINISHED = 1
 _DATA = ROOT.parent / "shared" / "data"
+_RECALL: dict[str, Any] = {"observer": "questions", "recall": "host", "recall_every": 0}
 # Way: options of the patch, and which questions the reading knows.
 WAYS: dict[str, tuple[dict[str, Any], str | None]] = {
     "full": ({"schedule": "full"}, None),
@@ -41,16 +42,10 @@ WAYS: dict[str, tuple[dict[str, Any], str | None]] = {
     "known": ({"observer": "questions"}, "all"),
     "generic": ({"observer": "questions"}, "generic"),
     "first": ({"observer": "questions"}, "first"),
-    "recall": ({"observer": "questions", "recall": "host", "recall_every": 0}, "generic"),
-    **{
-        f"recall every {every}": ({"observer": "questions", "recall": "host", "recall_every": every}, "generic")
-        for every in (1, 2, 4)
-    },
-    "recall int8": (
-        {"observer": "questions", "recall": "host", "recall_every": 0, "recall_dtype": "int8"},
-        "generic",
-    ),
-    "recall window": ({"observer": "window", "recall": "host", "recall_every": 0}, None),
+    "recall": (_RECALL, "generic"),
+    **{f"recall every {every}": ({**_RECALL, "recall_every": every}, "generic") for every in (1, 2, 4)},
+    "recall int8": ({**_RECALL, "recall_dtype": "int8"}, "generic"),
+    "recall window": ({**_RECALL, "observer": "window"}, None),
 }
 
 
