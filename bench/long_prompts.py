@@ -3,7 +3,7 @@
     python bench/long_prompts.py --prompt-tokens 32768 131072 --ways imdc fm full-cudnn full-flash chunked
     python bench/long_prompts.py --prompt-tokens 1048576 --ways imdc fm --repeats 1
     python bench/long_prompts.py --prompt-tokens 131072 --ways imdc fm --setting 1024,1024 1024,8192
-    python bench/long_prompts.py --prompt-tokens 32768 --ways imdc --profile
+    python bench/long_prompts.py --prompt-tokens 32768 --ways imdc --profile --liger
 
 The model is Llama-3.1-8B's shape with random weights made on the device, whose bytes and time are those of the real
 one. "full-cudnn" and "full-flash" are the unpatched model with PyTorch's fused attention held to that backend,
@@ -173,6 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         started["commit"] = args.commit
     timings = Timings()
     timings.measure_ceilings()
+    if args.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
     model, ids = load(args)
     rows = list(rows_of(args))
     for tokens in args.prompt_tokens:
@@ -215,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false")
     parser.add_argument("--profile", action="store_true", help="also where the time goes, by kinds of kernels")
+    parser.add_argument("--liger", action="store_true", help="with the norms, rotary embedding and MLP of liger-kernel")
     parser.add_argument("--model", default=LLAMA, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")

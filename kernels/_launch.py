@@ -66,18 +66,22 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, planned but not made: `arguments` is in the order of the kernel's signature."""
+    """One kernel launch, planned but not made: `arguments` is in the order of the kernel's signature.
+
+    Without `fused` no product and sum are computed as one, which would leave out the rounding between them.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    fused: bool = True
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Compile options; fused multiply-add is asked for because Triton's default for it changes between versions."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """Compile options; fused multiply-add is named because Triton's default for it changes with versions."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fused}
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor | TensorDescriptor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ._attention import attend
 from ._compress import Rules, Written, compress_head, compression_arguments, compression_blocks, scored_columns
 from ._device import rounded, widened
-from ._launch import Config, Launch, descriptor, logit_arguments, strided
+from ._launch import Config, Launch, descriptor, logit_arguments, require, strided
 
 
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
@@ -117,10 +117,15 @@ def plan_fused_step(
         written: what it fills besides.
         rules: with a stride of 1; the observers with all heads of a KV head are at most `config.rows`.
         config: blocks of `chunk_attention`.
+
+    Raises:
+        ValueError: the observers do not fit one block of rows.
     """
     batch, _, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     logits = logit_arguments(q, k, config, scale=rules.scale, softcap=rules.softcap)
+    fit = config.rows // logits["GROUP"]
+    require(rules.rows <= fit, "rows", rules.rows, f"one launch has at most {fit} observers with these blocks")
     block_d = logits["BLOCK_D"]
     passed_k, passed_v = (descriptor(x, config.columns, block_d) if config.descriptors else x for x in (k, v))
     columns = scored_columns(config.columns, rules.scoring)
