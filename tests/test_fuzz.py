@@ -25,6 +25,7 @@ from imdc.cache.layers import MemoryLayer
 from imdc.config import BALANCES, GROWTHS, LAYER_BUDGETS, SCHEDULES
 from imdc.errors import UnsupportedCallError
 from imdc.layer_budgets import fullest_share
+from imdc.model import hf
 from imdc.observers import OBSERVERS
 from imdc.prefill.step import StepRun
 
@@ -182,7 +183,7 @@ def same(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]], row: 
 
 
 def check(call: Call) -> bool:
-    """Hold a call against all promises; returns False where it was refused for positions beyond the window."""
+    """Hold a call against all promises; returns False where it was refused, for positions or for an old release."""
     model = model_of(call.family, call.window)
     config = imdc.PrefillConfig(**call.options)
     rows = list(range(len(call.turns[0])))
@@ -194,7 +195,8 @@ def check(call: Call) -> bool:
             with watched(model, config):
                 together = talk(model, call, rows, call.mode)
         except UnsupportedCallError as error:
-            assert call.window < 4096 and "the model was trained for" in str(error)
+            old = hf.RUNNING < hf.CROPS_ASSISTED and "transformers 5.23" in str(error)
+            assert old or (call.window < 4096 and "the model was trained for" in str(error))
             return False
         assert handle.report is not None
         if call.twins and len(call.turns) == 1:
@@ -313,8 +315,11 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_calls_that_once_failed(name: str) -> None:
-    assert check(FOUND[name])
-    bounded_after(FOUND[name])
+    call = FOUND[name]
+    refused = hf.RUNNING < hf.CROPS_ASSISTED and call.mode != "greedy" and len(call.turns) > 1
+    assert check(call) != refused
+    if not refused:
+        bounded_after(call)
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def test_an_error_inside_a_layer_leaves_model_and_cache_usable(monkeypatch: pyte
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("lookup", [None, 4], ids=["greedy", "lookup"])
 def test_decode_tokens_bounds_the_cache_while_generating(family: str, positions: str, lookup: int | None) -> None:
-    if lookup and hf.RUNNING < hf.COMPRESSES_ASSISTED:
+    if lookup and hf.RUNNING < hf.CROPS_ASSISTED:
         pytest.skip("refused before transformers 5.23, see imdc.model.hf")
     model = FAMILIES[family]()
     stored: list[int] = []

@@ -68,9 +68,9 @@ __all__ = [
 # Releases that the tests pass with: from the first on, and below the second. setup.py says the same to pip.
 LOWEST, BELOW = (5, 17), (5, 25)
 # The release that runs, and the first whose assisted decoding takes candidates back as imdc expects it to while an
-# answer is compressed.
+# answer is compressed, or behind a cache of an earlier turn.
 RUNNING = tuple(int(part) if part.isdigit() else 0 for part in transformers.__version__.split(".")[:2])
-COMPRESSES_ASSISTED = (5, 23)
+CROPS_ASSISTED = (5, 23)
 # Set it to 1 to try a release that is not in that range; every other check stays.
 UNTESTED = "IMDC_UNTESTED_TRANSFORMERS"
 # The KV cache's argument, newest name first.

@@ -115,11 +115,14 @@ class Boundary:
                 f"decode_tokens={self._config.decode_tokens} compresses tokens that an assistant model must be able to "
                 f"take back; patch the assistant without decode_tokens"
             )
-        if turn.assisted and self._config.decode_tokens is not None and hf.RUNNING < hf.COMPRESSES_ASSISTED:
-            raise UnsupportedCallError(
-                f"decode_tokens={self._config.decode_tokens} with assisted decoding or prompt lookup needs "
-                f"transformers 5.23 or newer; upgrade, or leave one of them out"
-            )
+        if turn.assisted and hf.RUNNING < hf.CROPS_ASSISTED:
+            compressed = self._config.decode_tokens is not None
+            if compressed or not (cache.is_empty or turn.drafting):
+                other = f"decode_tokens={self._config.decode_tokens}" if compressed else f"a used {self._cache_name}"
+                raise UnsupportedCallError(
+                    f"{other} with assisted decoding or prompt lookup needs transformers 5.23 or newer; upgrade, or "
+                    f"leave one of them out"
+                )
         if not cache.is_empty and not turn.drafting:
             check_history(cache.get_seq_length(), request.columns)
             turn.columns = request.columns if turn.assisted else None
