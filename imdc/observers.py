@@ -166,7 +166,7 @@ class Random(Observer):
         import torch
 
         generator = torch.Generator().manual_seed(seen.layer * 1_000_003 + seen.step)
-        scores = torch.rand(*seen.k.shape[:2], seen.scored_keys, generator=generator)
+        scores = torch.rand(*seen.k.shape[:2], seen.scored_keys, generator=generator, device="cpu")
         return scores.to(seen.k.device)
 
 

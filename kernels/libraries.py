@@ -155,7 +155,7 @@ def disagreement(
         forward = library_forward(name, device)
         for queries in (4, 40):
             generator = torch.Generator().manual_seed(queries)
-            drawn = (torch.randn(1, heads, 150, head_dim, generator=generator) for heads in (4, 2, 2))
+            drawn = (torch.randn(1, heads, 150, head_dim, generator=generator, device="cpu") for heads in (4, 2, 2))
             # Slices of a longer buffer, as the engine passes them.
             q, k, v = (x.to(device, dtype)[:, :, :length] for x, length in zip(drawn, (queries, 70, 70), strict=True))
             options = {"scale": head_dim**-0.5, "softcap": 20.0 if softcap else None}

@@ -22,6 +22,6 @@ def branch(cache: ImdcCache, rows: int = 1) -> ImdcCache:
     assert cache.rows is not None, "only a filled cache branches"
     twin = copy.copy(cache)
     twin.layers = [layer.twin(rows) for layer in cache.layers]
-    twin.rows = cache.rows.select(torch.zeros(rows, dtype=torch.long))
+    twin.rows = cache.rows.select(torch.zeros(rows, dtype=torch.long, device="cpu"))
     twin.anew, twin.turn, twin.is_branch, twin.asked = {}, None, True, False
     return twin

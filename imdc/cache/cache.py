@@ -281,7 +281,7 @@ class ImdcCache(hf.Cache):
         """Repeat every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         if self.rows is not None:
-            self._select_rows(torch.arange(self.rows.tokens.numel()).repeat_interleave(repeats))
+            self._select_rows(torch.arange(self.rows.tokens.numel(), device="cpu").repeat_interleave(repeats))
 
     def _select_rows(self, index: Tensor) -> None:
         if self.rows is not None:

@@ -127,7 +127,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel, *, recall: 
             layer.keys, layer.values = keys, values
             layer.cumulative_length = saved["seen"]
     cache.phase, cache.width = state["cache"]["phase"], state["cache"]["width"]
-    fields: dict[str, Any] = {name: torch.tensor(state["rows"][name]) for name in _ROW_FIELDS}
+    fields: dict[str, Any] = {name: torch.tensor(state["rows"][name], device="cpu") for name in _ROW_FIELDS}
     cache.rows = RowState(**fields)
     cache.store = HostStore.of(tensors)
     # An empty list has no type of its own.

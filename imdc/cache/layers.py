@@ -154,7 +154,7 @@ class MemoryLayer(hf.CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.keys is not None:
-            self._reindex(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            self._reindex(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
 
 
 class SlidingLayer(hf.DynamicSlidingWindowLayer):

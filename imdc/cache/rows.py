@@ -86,12 +86,14 @@ class RowState:
     @classmethod
     def of(cls, rows: list[Row], padding: list[list[int]]) -> RowState:
         """The state of finished rows; `padding` per layer and row."""
-        questions = [row.question if row.question is not None else torch.empty(0, dtype=torch.long) for row in rows]
+        questions = [
+            row.question if row.question is not None else torch.empty(0, dtype=torch.long, device="cpu") for row in rows
+        ]
         return cls(
-            tokens=torch.tensor([row.tokens for row in rows]),
-            position=torch.tensor([row.position for row in rows]),
-            padding=torch.tensor(padding).T.contiguous(),
-            compact=torch.tensor([row.compact for row in rows]),
+            tokens=torch.tensor([row.tokens for row in rows], device="cpu"),
+            position=torch.tensor([row.position for row in rows], device="cpu"),
+            padding=torch.tensor(padding, device="cpu").T.contiguous(),
+            compact=torch.tensor([row.compact for row in rows], device="cpu"),
             question=pad_sequence(questions, batch_first=True, padding_value=-1, padding_side="left"),
             taken=[row.taken for row in rows],
         )

@@ -116,7 +116,7 @@ class HostStore:
         if self.folder is not None:
             return _mapped(self.folder, size, states.dtype)
         # Only what is pinned is copied while the device goes on.
-        return torch.empty(size, dtype=states.dtype, pin_memory=states.is_cuda)
+        return torch.empty(size, dtype=states.dtype, device="cpu", pin_memory=states.is_cuda)
 
     def _send(self, pieces: list[tuple[Tensor, Tensor]]) -> None:
         """Copy what `_piece` says, from a device in a stream of its own."""

@@ -130,7 +130,7 @@ class Engine:
         recalled, recall_seconds = reader.recalled_bytes, reader.recall_seconds
         del reader
         rows = [turn.row for turn in turns]
-        cache.load_rows(rows, torch.tensor(order), cache.get_seq_length() + input_ids.shape[1])
+        cache.load_rows(rows, torch.tensor(order, device="cpu"), cache.get_seq_length() + input_ids.shape[1])
         if cache.is_branch:
             # Compressed again, its memory is no longer that of the text with the question behind it.
             cache.asked, cache.store = True, None if self.compresses else cache.store

@@ -35,7 +35,7 @@ class WantedLogits:
     def of_batch(self, logits: list[Tensor], order: list[int]) -> Tensor:
         """Logits [B, kept, V] of the batch from [1, n, V] of the rows that were read."""
         if self._last:
-            return torch.cat(logits)[torch.tensor(order)]
+            return torch.cat(logits)[torch.tensor(order, device="cpu")]
         return torch.cat([self._spread(logits[place], real) for place, real in zip(order, self._real, strict=True)])
 
     @staticmethod

@@ -65,9 +65,9 @@ class ProbeResult:
 
         NaN where the chunk was not read yet.
         """
-        read = torch.tensor([step.chunk_tokens for step in self.steps])
-        unread = torch.ones(len(self.steps), len(self.steps)).triu(1).bool()
-        compressed = torch.tensor([places is not None for places in self.places])
+        read = torch.tensor([step.chunk_tokens for step in self.steps], device="cpu")
+        unread = torch.ones(len(self.steps), len(self.steps), device="cpu").triu(1).bool()
+        compressed = torch.tensor([places is not None for places in self.places], device="cpu")
         found = self.pairs[1:, ..., 1:].sum(dim=2).double() / (read * self.pairs.shape[2])
         return found.masked_fill(unread[:, None] | ~compressed[:, None], float("nan"))
 
@@ -124,8 +124,9 @@ class Recorder:
         """Before the first step of row `number`."""
         self._steps, self._number, self._layers = turn.steps, number, len(parts.windows)
         self._heads = ModelShape.from_model(parts.model).kv_heads
-        self._starts = torch.tensor([step.start for step in turn.steps])
-        self._places = {layer: torch.full((self._heads, turn.row.stored(layer)), -1) for layer in parts.full_layers}
+        self._starts = torch.tensor([step.start for step in turn.steps], device="cpu")
+        held = {layer: (self._heads, turn.row.stored(layer)) for layer in parts.full_layers}
+        self._places = {layer: torch.full(size, -1, device="cpu") for layer, size in held.items()}
         self._pairs = [self._count()]
         self._mass: list[list[float]] = []
         self._seen: dict[int, Tensor] = {}
@@ -173,7 +174,7 @@ class Recorder:
 
     def end_step(self, step: Step) -> None:
         """All layers have run."""
-        read = torch.arange(step.start, step.start + step.chunk_tokens).expand(self._heads, -1)
+        read = torch.arange(step.start, step.start + step.chunk_tokens, device="cpu").expand(self._heads, -1)
         mass = [float("nan")] * self._layers
         for layer, before in self._places.items():
             candidates = torch.cat((before, read), dim=1)
@@ -194,13 +195,13 @@ class Recorder:
             row=self._number,
             steps=tuple(self._steps),
             pairs=torch.stack(self._pairs),
-            mass_kept=torch.tensor(self._mass, dtype=torch.float64),
+            mass_kept=torch.tensor(self._mass, dtype=torch.float64, device="cpu"),
             places=tuple(self._places.get(layer) for layer in range(self._layers)),
         )
 
     def _count(self) -> Tensor:
         """KV pairs by origin now, int64 [layers, heads, 1 + chunks]."""
-        pairs = torch.zeros(self._layers, self._heads, 1 + len(self._steps), dtype=torch.long)
+        pairs = torch.zeros(self._layers, self._heads, 1 + len(self._steps), dtype=torch.long, device="cpu")
         for layer, places in self._places.items():
             # A place belongs to the last chunk that starts at or before it, -1 to none of them.
             origin = torch.bucketize(places, self._starts, right=True)

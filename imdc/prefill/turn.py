@@ -167,7 +167,7 @@ class TurnPlanner:
         asked = find_observer(config.observer).questions
         if asked:
             turn.tail_ids, turn.questions = (
-                torch.tensor([token for one in asked for token in one]),
+                torch.tensor([token for one in asked for token in one], device="cpu"),
                 tuple(map(len, asked)),
             )
         return turn
