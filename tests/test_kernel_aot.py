@@ -70,6 +70,25 @@ found = kernel_pipeline.faults({"ttgir": code, "ptx": ""}, "wgmma.mma_async inst
 assert "wgmma is serialised" in found, found
 """
 
+# Rotated keys are what PyTorch gives only if every product is rounded before it is added.
+ROUNDED = """
+import triton
+from imdc.kernels.rotate import plan_rotate
+from triton.backends.compiler import GPUTarget
+
+def fused(capability, dtype, **options):
+    x, turns = torch.empty(1, 8, 64, 128, dtype=dtype, device="meta"), torch.empty(64, 128, dtype=dtype, device="meta")
+    launch = plan_rotate(x, turns, turns, x)
+    target = GPUTarget("cuda", capability, 32)
+    code = triton.compile(resources.source_of(launch), target=target, options=launch.options | options).asm["ptx"]
+    return "fma" in code
+
+# sm_80 multiplies bfloat16 by fusing with nothing.
+for capability, dtype in ((80, torch.float16), (90, torch.bfloat16), (90, torch.float16), (100, torch.bfloat16)):
+    assert not fused(capability, dtype), (capability, dtype)
+assert fused(90, torch.bfloat16, enable_fp_fusion=True)
+"""
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -96,7 +115,9 @@ def test_production_configurations_neither_spill_nor_overflow(tmp_path: Path) ->
     assert {("D=64 bf16 G=4", 80), ("D=128 bf16 G=4", 80), ("D=64 bf16 G=4", 90), ("D=128 bf16 G=4", 90)} <= attention
 
 
-@pytest.mark.parametrize("code", [SPILLING, SLOW, ONE_BARRIER], ids=["spilling", "slow", "one barrier"])
+@pytest.mark.parametrize(
+    "code", [SPILLING, SLOW, ONE_BARRIER, ROUNDED], ids=["spilling", "slow", "one barrier", "rounding left out"]
+)
 def test_unsound_code_is_found_out(code: str) -> None:
     done = run("-I", "-c", MEASURED + code, str(SCRIPT.parent))
     assert done.returncode == 0, done.stderr
