@@ -38,10 +38,9 @@ print(sys.version, torch.__version__, torch.version.cuda, transformers.__version
 sanitized=(
     tests/test_kernel_chunk_attention.py::test_reads_slices_and_nothing_beside_them
     tests/test_kernel_compress_step.py::test_ties_go_to_the_lowest_index
-    tests/test_kernel_compress_step.py::test_the_mass_is_that_of_the_last_rows
+    tests/test_kernel_compress_step.py::test_two_runs_give_the_same_bits
     tests/test_kernel_compact.py::test_moves_between_slices
     tests/test_kernel_select.py::test_forced_keys_are_kept
-    tests/test_kernel_select.py::test_pooled_scores_are_chosen_as_the_reference_chooses
 )
 # judge WHAT STATUS: files WHAT under verified if STATUS is 0; timeout(1) gives 124 to what ran out of time.
 judge() {
@@ -63,26 +62,27 @@ report() {
 
 # Most valuable first. Nothing is timed where a check at the timed shapes is red; every block size of the attention
 # kernel is timed too, so that one session suffices to choose among them.
-timeout 240 python3 bench/kernel_timings.py --sweep --out "$out" --commit "$commit" 2>&1 |
+timeout 150 python3 bench/kernel_timings.py --sweep --out "$out" --commit "$commit" 2>&1 |
     tee "$out/kernel_timings.log"
 judge "checks at the timed shapes, kernel timings" "${PIPESTATUS[0]}"
 
-timeout 90 python3 bench/long_prompts.py --prompt-tokens 32768 --repeats 2 --ways imdc fm full-cudnn full-flash \
+timeout 60 python3 bench/long_prompts.py --prompt-tokens 32768 --repeats 2 --ways imdc fm full-cudnn full-flash \
     --profile --out "$out" --commit "$commit" 2>&1 | tee "$out/long_prompts.log"
 judge "whole prefills of 32k tokens" "${PIPESTATUS[0]}"
 
 # Most of a test's time on a device is compiling. Two files are about the compiler and a script and need no device.
+# Interrupted, pytest still says which tests were red.
 tests=(tests/test_kernel_*.py)
 tests=("${tests[@]/tests\/test_kernel_aot.py/}")
 tests=("${tests[@]/tests\/test_kernel_timings.py/}")
-timeout 140 "${pytest[@]}" -n 14 -rfE ${tests[@]} >"$out/kernel_tests.log" 2>&1
+timeout -s INT 200 "${pytest[@]}" -n 16 -rfE ${tests[@]} >"$out/kernel_tests.log" 2>&1
 judge "kernel tests" $?
 tail -n 15 "$out/kernel_tests.log"
 
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         # With errors the sanitizer exits with 9, whatever the tests say.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "${pytest[@]}" "${sanitized[@]}" >"$out/$tool.log" 2>&1
         judge "$tool" $?
         grep -E 'passed|failed|SUMMARY' "$out/$tool.log"
