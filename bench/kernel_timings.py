@@ -278,7 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
         "verdicts": verdicts,
         "rows": timings.rows,
     }
-    record["commit"] = options.commit or record["commit"]
+    if options.commit:
+        # Where the tree came without its history, what git says of it is of another one.
+        record |= {"commit": options.commit, "uncommitted": None}
     print(f"written to {write('kernel_timings', record, options.out)}")
     return 0
 

@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers()
     started = circumstances()
     if args.commit:
-        started["commit"] = args.commit
+        # Where the tree came without its history, what git says of it is of another one.
+        started |= {"commit": args.commit, "uncommitted": None}
     timings = Timings()
     timings.measure_ceilings()
     if args.liger:

@@ -30,6 +30,13 @@ _SHAPE = {
     "initializer_range": 0.2,
 }
 
+# Sizes of a real model, for what only plans.
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
 
 def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float32 model in eval mode; `overrides` go to its config."""
