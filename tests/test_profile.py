@@ -1,4 +1,4 @@
-"""Measuring: the allocation counter, the profiler, the command `imdc profile`, and its report page in a browser."""
+"""Measuring: the allocation counter, the profiler, and the command `imdc profile`."""
 
 from __future__ import annotations
 
