@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape = {"chunk": CHUNK, "keep": KEEP, "observers": OBSERVERS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
     swept = MEMORIES[1] if options.sweep else None
     verdicts = [time_memory(timings, memory, linear, memory == swept) for memory in MEMORIES]
-    record = circumstances() | {
+    record = circumstances(commit=options.commit) | {
         "device": describe_device(),
         "flash_generation": flash_generation(),
         "shape": shape,
@@ -278,9 +278,6 @@ def main(arguments: list[str] | None = None) -> int:
         "verdicts": verdicts,
         "rows": timings.rows,
     }
-    if options.commit:
-        # Where the tree came without its history, what git says of it is of another one.
-        record |= {"commit": options.commit, "uncommitted": None}
     print(f"written to {write('kernel_timings', record, options.out)}")
     return 0
 

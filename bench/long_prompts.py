@@ -168,10 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("long_prompts: no CUDA device here", file=sys.stderr)
         return 2
     quiet_transformers()
-    started = circumstances()
-    if args.commit:
-        # Where the tree came without its history, what git says of it is of another one.
-        started |= {"commit": args.commit, "uncommitted": None}
+    started = circumstances(commit=args.commit)
     timings = Timings()
     timings.measure_ceilings()
     if args.liger:

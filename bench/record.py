@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
-def circumstances() -> dict[str, Any]:
-    """Machine, versions, commit, command and time of this run."""
+def circumstances(*, commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions, commit, command and time of this run.
+
+    A `commit` is named where the tree came without its history: what git says there is of another one.
+    """
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -42,8 +45,8 @@ def circumstances() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in ("imdc", "torch", "transformers", "triton")},
         },
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": _git("status", "--porcelain", "--", "imdc", "kernels", "bench/*.py"),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "uncommitted": None if commit else _git("status", "--porcelain", "--", "imdc", "kernels", "bench/*.py"),
     }
 
 

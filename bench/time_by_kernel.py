@@ -31,7 +31,7 @@ def time_by_kernel() -> Iterator[dict[str, list[Any]]]:
     for event in profiler.events() or ():
         if event.device_type.name == "CUDA":
             one = found[event.name]
-            one[0] += event.device_time_total if hasattr(event, "device_time_total") else event.cuda_time_total
+            one[0] += event.device_time_total
             one[1] += 1
 
 
