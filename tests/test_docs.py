@@ -14,7 +14,7 @@ from imdc.config import PrefillConfig
 from imdc.schedule import build_steps
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/DESIGN.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/DESIGN.md", "docs/RESULTS.md")
 # Set by a test for a process of its own, and read nowhere else.
 INTERNAL = {"IMDC_TEST_REPORT"}
 
@@ -58,6 +58,15 @@ def test_files_that_are_named_exist(name: str) -> None:
     assert linked + named
     assert [path for path in linked if not (folder / path).exists()] == []
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_sections_that_are_linked_exist(name: str) -> None:
+    for path, section in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text(name)):
+        linked = ((ROOT / name).parent / path if path else ROOT / name).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", linked, flags=re.MULTILINE)
+        # As GitHub names them.
+        assert section in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_environment_variables_are_listed() -> None:
