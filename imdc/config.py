@@ -32,6 +32,8 @@ BACKENDS = ("auto", "triton", "flash", "varlen", "sdpa", "reference")
 TAIL_BLOCK = 128
 # Tokens of the text that have a scale in common for each channel of a key, where recall_dtype="int8".
 INT8_GROUP = 128
+# Tokens whose keys have one mean, by which an answer finds the keys to compare; see `imdc.prefill.recall`.
+SUMMARY_TOKENS = 16
 # initial_memory="auto": a share of the memory, but no fewer tokens besides sinks and recent ones. A share alone leaves
 # next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9. A higher
 # floor would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).

@@ -97,16 +97,21 @@ def test_prediction_is_the_measured_peak_of_a_question(
     assert any(one.phase == "answering" for one in made.after) == (new > 1)
 
 
+@pytest.mark.parametrize("memory", [500, 250])
 @pytest.mark.parametrize("recall_dtype", ["model", "int8"])
 @pytest.mark.parametrize(("positions", "dtype"), [("original", torch.float32), ("compact", torch.bfloat16)], ids=str)
-def test_prediction_knows_the_renewals_of_an_answer(positions: str, dtype: torch.dtype, recall_dtype: str) -> None:
-    """A short question, so that it is its answer that takes most."""
+def test_prediction_knows_the_renewals_of_an_answer(
+    positions: str, dtype: torch.dtype, recall_dtype: str, memory: int
+) -> None:
+    """A short question, so that it is its answer that takes most; it compares all keys, or those of some blocks."""
+    assert bool(recalling.compared_blocks(memory, 1200)) == (memory == 250)
     model = FAMILIES["llama"](num_key_value_heads=4, intermediate_size=8).to(dtype)
-    options = {"recall": "host", "recall_dtype": recall_dtype, "positions": positions, "memory_tokens": 500}
+    options = {"recall": "host", "recall_dtype": recall_dtype, "positions": positions, "memory_tokens": memory}
     made, measured, moved = read_and_ask(model, 2, 40, **options, recall_every=4)
     renewing = next(one for one in made.after if one.phase == "renewing")
-    assert asking_peak(made) == renewing.above_weights
-    assert renewing.above_weights / measured == pytest.approx(1.0, abs=0.05)
+    # Of few blocks in eight bits the question takes as much.
+    assert asking_peak(made) == renewing.above_weights or (memory, recall_dtype) == (250, "int8")
+    assert asking_peak(made) / measured == pytest.approx(1.0, abs=0.05)
     # The last token of the answer is never read.
     assert moved == made.question_moved_bytes + 39 // 4 * made.renewal_moved_bytes > made.question_moved_bytes
     assert "every 4 tokens" in str(made)

@@ -91,8 +91,8 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    model, needed = FAMILIES["llama"](), 3 * 2 * 2 * 16 * 4 * 300
-    monkeypatch.setattr("imdc.prefill.recall.shutil.disk_usage", lambda folder: usage(0, 0, needed))
+    model, needed = FAMILIES["llama"](), 3 * 2 * 16 * (2 * 4 * 300 + 2 * 19)
+    monkeypatch.setattr("imdc.prefill.text_store.shutil.disk_usage", lambda folder: usage(0, 0, needed))
     options = {**TIGHT, "recall": "disk", "recall_dir": str(tmp_path)}
     with imdc.patch(model, **options) as handle:
         handle.read(text(300))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from imdc.config import INT8_GROUP, PrefillConfig
+from imdc.config import INT8_GROUP, SUMMARY_TOKENS, PrefillConfig
 from imdc.model.backend_rule import KERNELS
 from imdc.model.shape import ModelShape
 from imdc.planner.backend_bytes import selection_bytes
@@ -32,6 +32,22 @@ _SCALE_BYTES = 8
 def blocks(tokens: int) -> list[range]:
     """Keys of each block of a text."""
     return [range(first, min(first + BLOCK_TOKENS, tokens)) for first in range(0, tokens, BLOCK_TOKENS)]
+
+
+def summaries(tokens: int) -> int:
+    """Blocks of a text whose keys have one mean each."""
+    return -(-tokens // SUMMARY_TOKENS)
+
+
+def compared_blocks(kept: int, tokens: int) -> int:
+    """How many of these blocks a token of an answer compares its query with, key by key; 0 where it is with all.
+
+    Twice as many keys as are taken, where these are half of the text or less. By the mean keys of blocks of 16 tokens
+    what an answer needs was found as by all keys, with a quarter of the keys compared where an eighth was taken; by
+    bounds of what a block may hold (Quest, arXiv 2406.10774) it was not: see docs/DESIGN.md.
+    """
+    blocks = -(-2 * kept // SUMMARY_TOKENS)
+    return blocks if 2 * blocks <= summaries(tokens) else 0
 
 
 def held_blocks(q_heads: int, question_tokens: int, text_tokens: int) -> int:
@@ -72,7 +88,7 @@ def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
         before = [sum(logits[: min(number, held)]) + sum(logits[held:number][-1:]) for number in range(len(logits))]
         each = (there + turned * (3 * keys // 2 + 2 * shape.rotary) * block) // block
         turning = max(done + each * len(one) for done, one in zip(before, blocks(tokens), strict=True))
-    rest = logits[held:]
+    rest, best = logits[held:], compared_blocks(layers.before, tokens) if renews else 0
     whole = not renews and recalls_whole(shape.max_positions, rows, tokens, work.compact)
     scores, out = 4 * shape.kv_heads * tokens, rows * shape.dtype_bytes * queries * whole
     own = 4 * rows * following * shape.q_heads
@@ -80,12 +96,35 @@ def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
     # itself; then values are added up, and what is not kept is compared again.
     passes = (side + on_device * logits[0], own, scores + (side if rest else whole * float_copy))
     most = max(sum(logits[:held]) + sum(rest[:2]) + max(passes), turning)
+    if best:
+        most = _best_blocks_bytes(work, best)
     most += own + 4 * rows * ((1 + whole) * queries + shape.q_heads) + rows * following
-    # Turned to where they are compared; what was rotated for another place was turned back before.
-    most += (1 + renews) * shape.dtype_bytes * (rows * queries + following * keys) * work.compact
+    # What was rotated for another place was turned back before it is turned to where it is compared.
+    most += renews * shape.dtype_bytes * (rows * queries + following * keys) * work.compact
     chosen = 8 * shape.kv_heads * layers.before
     gathered = _gathering_bytes(work, layers.before)
     return max(most, out + scores + max(selection_bytes(work, tokens, layers.before), chosen + gathered))
+
+
+def _best_blocks_bytes(work: Work, blocks: int) -> int:
+    """Bytes alive while a query is compared with the means of all blocks, then with the keys of so many of them."""
+    shape, tokens, part = work.shape, blocks * SUMMARY_TOKENS, min(blocks * SUMMARY_TOKENS, BLOCK_TOKENS)
+    width, each = shape.kv_heads * shape.head_dim, summaries(work.recalled)
+    logit, on_device = 4 * shape.q_heads * work.rows, work.backend in KERNELS
+    at_once = min(each, BLOCK_TOKENS)
+    # Turned in float32: the result and half of it beside the tables, or what these are computed from; of each token
+    # for the means, and of each key for the others, since each head has tokens of its own.
+    table, turns = 4 * shape.rotary, work.compact
+    means = at_once * (2 * width * on_device + 4 * width + turns * max(6 * width + 2 * table, 9 * table // 2))
+    turning = turns * max(6 * width + 2 * table * shape.kv_heads, 9 * table * shape.kv_heads // 2)
+    if work.config.recall_dtype == "int8":
+        gathered, scales = 9 * width + 8 * shape.kv_heads, _key_scale_bytes(shape, work.recalled) * on_device
+    else:
+        gathered, scales = (shape.dtype_bytes + 4) * width, 0
+    keys = part * max(gathered, 4 * width + turning) + scales
+    # Tokens of the blocks, and which of them there are.
+    indices = 9 * shape.kv_heads * tokens
+    return max(logit * each + means, 3 * logit * each, indices + 2 * logit * tokens + keys)
 
 
 def _gathering_bytes(work: Work, kept: int) -> int:
@@ -112,6 +151,11 @@ def _side_bytes(shape: ModelShape, config: PrefillConfig, tokens: int) -> tuple[
 def _key_scale_bytes(shape: ModelShape, tokens: int) -> int:
     """Bytes of the scales of the keys of so many tokens in eight bits, in one layer."""
     return _SCALE_BYTES * shape.kv_heads * shape.head_dim * -(-tokens // INT8_GROUP)
+
+
+def _mean_key_bytes(shape: ModelShape, blocks: int) -> int:
+    """Bytes of the mean keys of so many blocks, bfloat16, in one layer."""
+    return 2 * shape.kv_heads * shape.head_dim * blocks
 
 
 def storing_bytes(work: Work) -> int:
@@ -163,11 +207,15 @@ def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_t
 
 
 def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_tokens: int) -> int:
-    """Bytes that an answer reads of a store each time when it takes its pairs back anew: all keys, and those pairs."""
+    """Bytes that an answer reads of a store each time when it takes its pairs back anew: keys, and those pairs."""
     if config.recall == "none" or not config.recall_every or stored_tokens >= batch.prompt_tokens:
         return 0
     tokens = batch.prompt_tokens
-    compared = _compared_bytes(shape, config, 1, tokens)
+    if blocks := compared_blocks(stored_tokens, tokens):
+        keys = _gathered_key_bytes(shape, config, tokens, blocks * SUMMARY_TOKENS)
+        compared = _mean_key_bytes(shape, summaries(tokens)) + keys
+    else:
+        compared = _compared_bytes(shape, config, 1, tokens)
     return shape.full_layers * (compared + _gathered_bytes(shape, config, tokens, stored_tokens))
 
 
@@ -179,18 +227,27 @@ def _compared_bytes(shape: ModelShape, config: PrefillConfig, rows: int, tokens:
 
 def _gathered_bytes(shape: ModelShape, config: PrefillConfig, tokens: int, stored_tokens: int) -> int:
     """Bytes that are read of a text of `tokens` where so many pairs of one layer are taken."""
-    keys, values = _side_bytes(shape, config, stored_tokens)
+    keys = _gathered_key_bytes(shape, config, tokens, stored_tokens)
+    return keys + _side_bytes(shape, config, stored_tokens)[1]
+
+
+def _gathered_key_bytes(shape: ModelShape, config: PrefillConfig, tokens: int, keys: int) -> int:
+    """Bytes that are read of a text of `tokens` for any so many keys of one layer."""
     if config.recall_dtype == "int8":
-        # The keys of any groups, and the scales of all.
-        keys = shape.kv_heads * shape.head_dim * stored_tokens + _key_scale_bytes(shape, tokens)
-    return keys + values
+        # Of any groups, and the scales of all.
+        return shape.kv_heads * shape.head_dim * keys + _key_scale_bytes(shape, tokens)
+    return _side_bytes(shape, config, keys)[0]
 
 
 def host_bytes(shape: ModelShape, batch: Batch, config: PrefillConfig) -> int:
-    """Bytes for all pairs of the texts in the layers that are compressed, on the host or its disk; 0 without recall."""
+    """Bytes for all pairs of the texts in the layers that are compressed, on the host or its disk; 0 without recall.
+
+    And for the mean keys of their blocks, where answers take back anew.
+    """
     if config.recall == "none":
         return 0
-    return batch.rows * shape.full_layers * sum(_side_bytes(shape, config, batch.prompt_tokens))
+    means = _mean_key_bytes(shape, summaries(batch.prompt_tokens)) if config.recall_every else 0
+    return batch.rows * shape.full_layers * (means + sum(_side_bytes(shape, config, batch.prompt_tokens)))
 
 
 def host_notes(shape: ModelShape, batch: Batch, config: PrefillConfig, moved: int, renewed: int) -> list[str]:

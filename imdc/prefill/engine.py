@@ -25,8 +25,8 @@ from imdc.prefill.backends import Backend, choose
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
-from imdc.prefill.recall import check_recall
 from imdc.prefill.recording import ProbeResult
+from imdc.prefill.text_store import check_recall
 from imdc.prefill.turn import RowTurn, TurnPlanner, row_turn
 from imdc.report import PrefillReport
 

@@ -24,8 +24,8 @@ from imdc.model import hf
 from imdc.observers import PromptTail, Questions, find_observer
 from imdc.prefill.engine import Engine, free_bytes
 from imdc.prefill.logits import real_tokens
-from imdc.prefill.recall import text_store
 from imdc.prefill.requests import GenerateRequest, check_ids
+from imdc.prefill.text_store import text_store
 from imdc.report import PrefillReport
 
 

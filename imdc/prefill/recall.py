@@ -16,34 +16,59 @@ Compact positions may number less than N keys, so for scoring neighbours share a
 (arXiv 2401.01325): key j is at floor(j * S / N) and the question begins at S, with as many positions S as the model's
 window has besides the question. The question then attends to what was taken back, in each layer. What is taken back is
 numbered 0..m-1 as any memory is.
+
+A token of an answer is compared with every key only where the memory holds much of the text. Elsewhere with the mean
+key of each block of the text first, then with the keys of the blocks whose mean it attends to most; see
+`imdc.planner.recalling.compared_blocks`. The question, which sees all keys, leaves the means behind.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from imdc.cache.cache import ImdcCache
 from imdc.cache.rows import Taken
-from imdc.cache.store import HostStore
-from imdc.config import PrefillConfig
-from imdc.errors import ConfigError, UnsupportedCallError
+from imdc.cache.store import HostStore, write_means
+from imdc.config import SUMMARY_TOKENS, PrefillConfig
 from imdc.kernels.reference import pool, rotate
 from imdc.model.parts import Parts
-from imdc.model.shape import ModelShape
 from imdc.planner import recalling
-from imdc.planner.batch import Batch
 from imdc.prefill.backends import Backend
-from imdc.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Queries as they are compared with the keys of a text.
+
+    Attributes:
+        queries: float32 [Hkv, group * n, D].
+        rows: n.
+        tokens: of the text.
+        span: positions that these are turned to; keys share them where there are fewer.
+        scale: factor on the logits.
+        softcap: cap of the logits, or None.
+    """
+
+    queries: Tensor
+    rows: int
+    tokens: int
+    span: int
+    scale: float
+    softcap: float | None
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where keys of these tokens are turned to."""
+        return tokens * self.span // self.tokens
+
+    def logits(self, keys: Tensor) -> Tensor:
+        """float32 [Hkv, group * n, T] of keys [Hkv, T, D]."""
+        logits = torch.matmul(self.queries, keys.float().transpose(1, 2)).mul_(self.scale)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 @dataclass(slots=True)
@@ -100,7 +125,12 @@ class Recall:
             the whole text, None where keys had to share positions or the queries do not attend.
         """
         began = time.perf_counter()
-        scores, out = self._attend(layer, q, own_k, own_v, scale, softcap, attends)
+        asked, own = self._asked(layer, q, own_k, scale, softcap)
+        blocks = 0 if attends or layer not in self.store.means else recalling.compared_blocks(keep, self.store.tokens)
+        if blocks:
+            scores, out = self._in_best_blocks(layer, asked, own, blocks), None
+        else:
+            scores, out = self._attend(layer, asked, own, own_v, q.dtype, attends)
         if not attends and layer in self.taken:
             before = self.taken[layer]
             where = before.places.to(scores.device, torch.int64)
@@ -124,54 +154,98 @@ class Recall:
         self.moved_bytes += moved
         return states.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
-    def _attend(
-        self, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, scale: float, softcap: float | None, attends: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores float32 [1, Hkv, tokens] of the text's keys, and the attention output of `take`."""
-        window = self.parts.trained_window
-        kv_heads, rows, owned = own_k.shape[1], q.shape[2], own_k.shape[2]
-        whole = attends and recalling.recalls_whole(window, owned, self.store.tokens, self.compact)
-        span = min(self.store.tokens, window - owned)
+    def _asked(
+        self, layer: int, q: Tensor, own_k: Tensor, scale: float, softcap: float | None
+    ) -> tuple[_Asked, Tensor]:
+        """The queries, and their logits float32 [Hkv, group * n, o] of the o keys that follow the text."""
+        rows, owned, kv_heads = q.shape[2], own_k.shape[2], own_k.shape[1]
+        span = min(self.store.tokens, self.parts.trained_window - owned)
         if self.compact:
             places = torch.arange(span, span + owned, device=q.device)
             q, own_k = self._turned(layer, q, places[owned - rows :]), self._turned(layer, own_k, places)
-        # [Hkv, group * n, D]: one matrix product per KV head and block.
-        asking = rearrange(q[0].float(), "(h g) n d -> h (g n) d", h=kv_heads)
+        # One matrix product per KV head and block.
+        queries = rearrange(q[0].float(), "(h g) n d -> h (g n) d", h=kv_heads)
+        asked = _Asked(queries, rows, self.store.tokens, span, scale, softcap)
         future = torch.ones(rows, owned, dtype=torch.bool, device=q.device).triu(owned - rows + 1)
-        own = _logits(asking, own_k[0], scale, softcap)
-        own = own.view(*own.shape[:1], -1, rows, owned).masked_fill(future, float("-inf")).view(own.shape)
+        own = asked.logits(own_k[0])
+        own = own.view(kv_heads, -1, rows, owned).masked_fill(future, float("-inf")).view(own.shape)
+        return asked, own
+
+    def _attend(
+        self, layer: int, asked: _Asked, own: Tensor, own_v: Tensor, dtype: torch.dtype, attends: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores float32 [1, Hkv, tokens] of the text's keys, and the attention output of `take` in `dtype`."""
+        (kv_heads, queries, owned), device, tokens = own.shape, own.device, asked.tokens
+        whole = attends and recalling.recalls_whole(self.parts.trained_window, owned, tokens, self.compact)
         lse = own.logsumexp(dim=-1)
-        blocks, held = recalling.blocks(self.store.tokens), list[Tensor]()
-        kept = recalling.held_blocks(q.shape[1], rows, self.store.tokens)
+        blocks, held = recalling.blocks(tokens), list[Tensor]()
+        kept = recalling.held_blocks(kv_heads * queries // asked.rows, asked.rows, tokens)
+        # Rows and threads that ask at once find the same means.
+        summarises = self.config.recall_every > 0 and layer not in self.store.means
+        means = self.store.room_for_means(layer, own_v) if summarises else None
         for block in blocks:
-            logits = self._block(layer, block, asking, span, scale, softcap)
+            logits = self._block(layer, block, asked, means)
             lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
             if len(held) < kept:
                 held.append(logits)
-        out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float()) if whole else q.new_empty(0)
-        highest = torch.empty(kv_heads, self.store.tokens, dtype=torch.float32, device=q.device)
+        if means is not None:
+            self.store.means[layer] = means
+        out = torch.matmul((own - lse[..., None]).exp_(), own_v[0].float()) if whole else own.new_empty(0)
+        highest = torch.empty(kv_heads, tokens, dtype=torch.float32, device=device)
         for number, block in enumerate(blocks):
-            logits = held[number] if number < kept else self._block(layer, block, asking, span, scale, softcap)
+            logits = held[number] if number < kept else self._block(layer, block, asked)
             shares = logits.sub_(lse[..., None]).exp_()
             highest[:, block.start : block.stop] = shares.amax(dim=1)
             if whole:
-                out.baddbmm_(shares, self._values(layer, block, q.device))
+                out.baddbmm_(shares, self._read("values", layer, block, device)[0].float())
         scores = pool(highest[None], self.config.pool_kernel, self.config.pooling)
-        return scores, rearrange(out, "h (g n) d -> 1 (h g) n d", n=rows).to(q.dtype) if whole else None
+        return scores, rearrange(out, "h (g n) d -> 1 (h g) n d", n=asked.rows).to(dtype) if whole else None
 
-    def _values(self, layer: int, block: range, device: torch.device) -> Tensor:
-        """Values float32 [Hkv, block, D] of the tokens of `block`."""
-        return self._read("values", layer, block, device)[0].float()
+    def _in_best_blocks(self, layer: int, asked: _Asked, own: Tensor, count: int) -> Tensor:
+        """Scores as of `_attend`, of the keys of `count` blocks for each KV head; 0 for all others.
 
-    def _block(
-        self, layer: int, block: range, asking: Tensor, span: int, scale: float, softcap: float | None
-    ) -> Tensor:
-        """Logits float32 [Hkv, group * n, block] of the keys of `block`."""
-        keys = self._read("keys", layer, block, asking.device)
+        The blocks are those whose mean keys get most of what a query would give to means alone, as a highest share.
+        """
+        (kv_heads, _, dim), device, last = asked.queries.shape, own.device, asked.tokens - 1
+        found = []
+        for block in recalling.blocks(recalling.summaries(asked.tokens)):
+            means, moved = self.store.mean_keys(layer, block, device)
+            self.moved_bytes += moved
+            means = means.transpose(1, 2).float()
+            if self.compact:
+                middles = torch.arange(block.start, block.stop, device=device) * SUMMARY_TOKENS + SUMMARY_TOKENS // 2
+                means = self._turned(layer, means, asked.places(middles.clamp_(max=last)))
+            found.append(asked.logits(means[0]))
+        del means
+        shares = torch.cat(found, dim=-1).softmax(dim=-1).amax(dim=1)
+        best = shares.topk(count).indices.sort().values * SUMMARY_TOKENS
+        tokens = (best[..., None] + torch.arange(SUMMARY_TOKENS, device=device)).flatten(1)
+        beyond = tokens > last
+        tokens.clamp_(max=last)
+        found = []
+        for part in tokens.split(recalling.BLOCK_TOKENS, dim=1):
+            keys = self._taken("keys", layer, part.to("cpu").T[None], asked.queries)
+            if self.compact:
+                # Each head has tokens of its own: all of them in one row.
+                places = asked.places(part.flatten())
+                keys = self._turned(layer, keys.view(1, 1, -1, dim), places).view(keys.shape)
+            found.append(asked.logits(keys[0]))
+        logits = torch.cat(found, dim=-1).masked_fill_(beyond[:, None], float("-inf"))
+        del keys, found
+        lse = torch.logaddexp(own.logsumexp(dim=-1), logits.logsumexp(dim=-1))
+        highest = torch.zeros(kv_heads, asked.tokens, dtype=torch.float32, device=device)
+        highest.scatter_reduce_(1, tokens, logits.sub_(lse[..., None]).exp_().amax(dim=1), "amax")
+        return pool(highest[None], self.config.pool_kernel, self.config.pooling)
+
+    def _block(self, layer: int, block: range, asked: _Asked, means: Tensor | None = None) -> Tensor:
+        """Logits float32 [Hkv, group * n, block] of the keys of `block`, whose mean keys go to `means`."""
+        keys = self._read("keys", layer, block, asked.queries.device)
+        if means is not None:
+            write_means(means, block.start, keys)
         if self.compact:
-            places = torch.arange(block.start, block.stop, device=asking.device)
-            keys = self._turned(layer, keys, places * span // self.store.tokens)
-        return _logits(asking, keys[0], scale, softcap)
+            tokens = torch.arange(block.start, block.stop, device=keys.device)
+            keys = self._turned(layer, keys, asked.places(tokens))
+        return asked.logits(keys[0])
 
     def _read(self, side: str, layer: int, block: range, device: torch.device) -> Tensor:
         """Keys or values [1, Hkv, block, D] of the tokens of `block`."""
@@ -182,72 +256,3 @@ class Recall:
     def _turned(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
         tables: Any = self.parts.rotary(layer, positions, states.dtype)
         return states if tables is None else rotate(states, *tables)
-
-
-def check_recall(config: PrefillConfig, cache: ImdcCache, tokens: int) -> None:
-    """Refuse turns of so many `tokens` that would leave a text and its store apart.
-
-    Raises:
-        UnsupportedCallError: a prompt of forward() with recall, or another turn over a text that has a store.
-    """
-    if cache.is_empty and config.recall != "none" and cache.store is None and tokens > 1:
-        raise UnsupportedCallError(
-            f"recall={config.recall!r} is for generate(), handle.read() and handle.ask(); leave it out for forward()"
-        )
-    if cache.store is not None and not cache.is_empty and not cache.is_branch:
-        raise UnsupportedCallError(
-            "the cache belongs to a document with a store, to which nothing can be added; ask it with handle.ask()"
-        )
-    if cache.is_branch and cache.asked:
-        raise UnsupportedCallError(
-            f"the cache is that of a call with recall={config.recall!r}, which cannot go on: what it took back is "
-            f"about its own question; pass the whole conversation as input_ids and no cache"
-        )
-
-
-def text_store(parts: Parts, config: PrefillConfig, tokens: int, available: int | None) -> HostStore | None:
-    """An empty store for a text of `tokens`, where the config asks for one and a model has layers to compress.
-
-    Args:
-        parts: of the model.
-        config: the options.
-        tokens: of the text.
-        available: bytes of host memory that are free, None where that is not known.
-
-    Raises:
-        ConfigError: it would take more than `recall_limit`, or than there is, or its folder cannot be used.
-    """
-    if config.recall == "none" or not parts.full_layers:
-        return None
-    shape = ModelShape.from_model(parts.model)
-    needed, int8 = recalling.host_bytes(shape, Batch(tokens), config), config.recall_dtype == "int8"
-    if config.recall_limit is not None and needed > config.recall_limit:
-        raise ConfigError(
-            f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, more than "
-            f"recall_limit={config.recall_limit} bytes; raise it, read a shorter document, or leave recall out"
-        )
-    if config.recall == "disk":
-        folder = Path(tempfile.gettempdir() if config.recall_dir is None else config.recall_dir)
-        if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
-            raise ConfigError(
-                f"recall_dir={os.fspath(folder)!r} is no folder that can be written to; name one with recall_dir"
-            )
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise ConfigError(
-                f"recall='disk' stores {format_bytes(needed)} for {tokens} tokens, and {os.fspath(folder)!r} has "
-                f"{format_bytes(free)} free; name a folder on another disk with recall_dir, or read a shorter document"
-            )
-        return HostStore(parts.full_layers, tokens, folder, int8=int8)
-    if config.recall_limit is None and available is not None and needed > available:
-        raise ConfigError(
-            f"recall={config.recall!r} stores {format_bytes(needed)} for {tokens} tokens, and only "
-            f"{format_bytes(available)} of host memory are available; take recall='disk', or read a shorter document"
-        )
-    return HostStore(parts.full_layers, tokens, int8=int8)
-
-
-def _logits(asking: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """float32 [Hkv, rows, T] of queries [Hkv, rows, D] and keys [Hkv, T, D]."""
-    logits = torch.matmul(asking, keys.float().transpose(1, 2)).mul_(scale)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
