@@ -11,10 +11,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from imdc.cache.cache import ImdcCache
@@ -93,6 +94,12 @@ class _Overlay:
             self._registry[self._name] = self._own
 
 
+def _own_precision(states: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which is for the model's modules: scores are float32 whatever the states are."""
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]:
     def imdc_attention(
         module: nn.Module,
@@ -110,7 +117,8 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
             if renewal is not None and renewal.serves(module):
                 renewed: Any = module.layer_idx
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-                renewal.renew(int(renewed), query, scale=scale, softcap=kwargs.get("softcap"))
+                with _own_precision(query):
+                    renewal.renew(int(renewed), query, scale=scale, softcap=kwargs.get("softcap"))
             if masks is not None and masks.serves(module):
                 number: Any = module.layer_idx
                 attention_mask = masks.of(int(number), query, key, eager=found is None)
@@ -119,7 +127,8 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
         layer: Any = module.layer_idx
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         step.reached.add(int(layer))
-        out = step.attend(int(layer), query, key, value, scale=scale, softcap=kwargs.get("softcap"))
+        with _own_precision(query):
+            out = step.attend(int(layer), query, key, value, scale=scale, softcap=kwargs.get("softcap"))
         return out.transpose(1, 2), None
 
     return imdc_attention
