@@ -130,7 +130,7 @@ def test_training_steps_are_the_models_own(model: PreTrainedModel) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("call", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("call", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
 def test_a_copy_of_a_patched_model_is_refused(model: PreTrainedModel, call: Callable[[Any], Any]) -> None:
     with imdc.patch(model, **SMALL), pytest.raises(UnsupportedCallError, match=r"cannot be copied.*remove\(\)"):
         call(model)

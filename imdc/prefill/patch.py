@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -122,6 +122,8 @@ class PatchHandle:
             "forward": forward,
             "generate": generate,
             "init_continuous_batching": refuse_continuous_batching,
+            # copy.copy() looks it up on the instance; the copy's calls would run the original.
+            "__getstate__": _refuse_copy,
         }
         if self._parts.family.drops_cache:
             self._ours["prepare_inputs_for_generation"] = hf.keeping_cache(model)
@@ -159,10 +161,7 @@ class PatchHandle:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled, which a copy of the patched model would come to."""
-        raise UnsupportedCallError(
-            "a patched model cannot be copied or pickled: the copy would run the original's weights; "
-            "call remove() of its handle first, and patch each model afterwards"
-        )
+        _refuse_copy()
 
     def new_cache(self) -> ImdcCache:
         """An empty cache for calls without `generate()`, such as `model(input_ids, past_key_values=cache)`.
@@ -239,3 +238,10 @@ class PatchHandle:
     def backend(self) -> str:
         """The backend in use and why, as one sentence."""
         return self._engine.backend()[1]
+
+
+def _refuse_copy() -> NoReturn:
+    raise UnsupportedCallError(
+        "a patched model cannot be copied or pickled: the copy would run the original's weights; "
+        "call remove() of its handle first, and patch each model afterwards"
+    )
