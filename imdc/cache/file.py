@@ -51,6 +51,10 @@ def save_cache(cache: ImdcCache, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: the folder of `path` does not exist.
     """
     path = Path(path)
+    if not isinstance(cache, ImdcCache):
+        raise UnsupportedCallError(
+            f"cache is a {type(cache).__name__}; pass that of handle.read(), or of a patched model's generate()"
+        )
     if cache.rows is None:
         raise UnsupportedCallError("the cache is empty; read a prompt with generate() or model(...) before saving it")
     if cache.is_branch:
