@@ -62,6 +62,7 @@ __all__ = [
     "eager_attention",
     "execution_device",
     "keeping_cache",
+    "silenced",
     "sliding_windows",
 ]
 
@@ -174,6 +175,11 @@ def decode_masks(
         "full_attention": create_causal_mask(attention_mask=full, **shared),
         "sliding_attention": create_sliding_window_causal_mask(attention_mask=sliding, **shared),
     }
+
+
+def silenced(config: Any) -> dict[str, bool]:
+    """Arguments of forward that keep it from collecting attentions and hidden states where its config says so."""
+    return {name: False for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)}
 
 
 def sliding_windows(config: Any, count: int) -> tuple[int | None, ...]:

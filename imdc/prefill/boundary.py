@@ -24,6 +24,7 @@ from imdc.prefill.companions import check_guidance, warn_of_assistant
 from imdc.prefill.decode import decode_inputs
 from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
+from imdc.prefill.history import check_history, check_text
 from imdc.prefill.hook import decode_masks, decoding
 from imdc.prefill.recall import Recall
 from imdc.prefill.recalled_prompt import check_recalling, read_text
@@ -31,10 +32,8 @@ from imdc.prefill.renewal import Renewal, renewal_due
 from imdc.prefill.requests import (
     GenerateRequest,
     bind,
+    check_forward,
     check_generate,
-    check_history,
-    check_ids,
-    check_positions,
     check_prompt_learning,
 )
 from imdc.prefill.turn import begin_turn
@@ -42,7 +41,6 @@ from imdc.report import PrefillReport
 
 # The boundary and the cache of the generate() call that runs in this thread.
 _GENERATING: ContextVar[tuple[Boundary, ImdcCache] | None] = ContextVar("imdc_generating", default=None)
-_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "labels", "inputs_embeds")
 
 
 class Boundary:
@@ -162,12 +160,16 @@ class Boundary:
         for name in hf.CACHE_NAMES:
             named.pop(name, None)
         self.check_mode()
-        self._check_arguments(named)
         turn = cache.turn
+        # generate() goes by its own options, whatever the config says.
+        named = named if turn is None else {**hf.silenced(self._parts.config), **named}
+        check_forward(named, self._parts.config, self._cache_name)
         if turn is not None:
             turn.reached = True
-        if cache.is_empty or cache.phase == "prefill" or not self._decodes(cache, named["input_ids"].shape[1]):
-            check_positions(named)
+        reads = cache.is_empty or cache.phase == "prefill"
+        decodes = not reads and self._decodes(cache, named["input_ids"].shape[1])
+        check_text(cache, named, decodes=decodes)
+        if not decodes:
             output, self.report = self._read(self._engine, cache, named)
             return output
         if compression_due(self._parts, self._config, cache, named["input_ids"].shape[1]):
@@ -176,21 +178,6 @@ class Boundary:
             named.update(logits_to_keep=named["input_ids"].shape[1], attention_mask=None)
             return self._read(self._quiet_engine, cache, named)[0]
         return self._decode(cache, named)
-
-    def _check_arguments(self, named: dict[str, Any]) -> None:
-        for name in _REFUSED:
-            if named.get(name) is not None and named.get(name) is not False:
-                raise UnsupportedCallError(f"{name} is not supported with an imdc cache; leave it out")
-        if named.get("output_router_logits") is None and getattr(self._parts.config, "output_router_logits", False):
-            raise UnsupportedCallError(
-                "config.output_router_logits=True is not supported with an imdc cache: only the last chunk's exist; "
-                "set it to False"
-            )
-        if named.get("use_cache") is False:
-            raise UnsupportedCallError(
-                f"use_cache=False contradicts {self._cache_name}, an imdc cache; leave one of them out"
-            )
-        check_ids(named.get("input_ids"))
 
     def _check_bounded(self, named: dict[str, Any]) -> None:
         """Refuse a call without imdc's cache that would attend to more than imdc ever does.
@@ -209,8 +196,12 @@ class Boundary:
         states = next((x for name in ("input_ids", "inputs_embeds") if (x := named.get(name)) is not None), None)
         tokens = 0 if states is None or states.ndim < 2 else int(states.shape[1])
         for name in hf.CACHE_NAMES:
-            if named.get(name) is not None:
-                tokens += int(named[name].get_seq_length())
+            held = named.get(name)
+            if held is not None and not isinstance(held, hf.Cache):
+                raise UnsupportedCallError(
+                    f"{name} is a {type(held).__name__}, no Cache of transformers; pass handle.new_cache()"
+                )
+            tokens += 0 if held is None else int(held.get_seq_length())
         limit = self._engine.exceeded(tokens)
         if limit is not None:
             raise UnsupportedCallError(

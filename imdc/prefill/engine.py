@@ -174,10 +174,6 @@ class Engine:
         rows, columns = input_ids.shape
         if columns == 0 or rows == 0:
             raise UnsupportedCallError(f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; pass a token")
-        if not cache.is_empty and cache.rows is not None and cache.rows.tokens.numel() != rows:
-            raise UnsupportedCallError(
-                f"{hf.CACHE_NAME} holds {cache.rows.tokens.numel()} rows, input_ids has {rows}; pass as many rows"
-            )
         if attention_mask is None:
             return list(input_ids)
         widths = (columns, cache.get_seq_length() + columns)

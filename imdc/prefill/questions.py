@@ -146,8 +146,13 @@ def question_request(
     request = GenerateRequest.of(engine.parts.model, (ids,), {**options, "attention_mask": mask})
     check_window(engine, cache, ids.shape[1], request.new_tokens)
     seen = mask.new_ones(ids.shape[0], cache.get_seq_length())
+    # A text that generate() has read may have had padding.
+    seen[:, : seen.shape[1] - int(cache.rows.tokens[0]) - cache.tail] = 0
+    # The model's own options may ask for a record, of which only the ids would be returned.
+    plain = {"return_dict_in_generate": False} if request.asked("return_dict_in_generate") else {}
     return {
         **options,
+        **plain,
         "input_ids": ids,
         "attention_mask": torch.cat((seen, mask), dim=1),
         hf.cache_argument(type(engine.parts.model).forward): branch(cache, ids.shape[0] * request.copies),

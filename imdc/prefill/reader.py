@@ -118,6 +118,7 @@ class Reader:
             "position_ids": positions[None],
             hf.cache_argument(type(self.parts.model).forward): _PassingCache(),
             "use_cache": True,
+            **hf.silenced(self.parts.config),
         }
         with torch.no_grad(), running(run):
             if wanted < 1:

@@ -14,6 +14,8 @@ from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.model.parts import Parts
 
+# Arguments of forward; the first three may also be asked for by the model's config.
+_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "labels", "inputs_embeds")
 # transformers' own default where neither a length nor a number of new tokens is named.
 _DEFAULT_NEW_TOKENS = 20
 
@@ -119,8 +121,13 @@ def check_generate(request: GenerateRequest) -> None:
         chosen = getattr(request.arguments.get("generation_config"), "cache_implementation", None)
     if chosen == "paged":
         refuse_continuous_batching()
+    cached = request.asked("use_cache")
     refused = {
-        "use_cache": (request.asked("use_cache") is False, "the memory is a KV cache; leave use_cache=True"),
+        # None counts as unset in a config only; as an argument it is taken as False.
+        "use_cache": (
+            not cached and (cached is not None or "use_cache" in request.arguments),
+            "the memory is a KV cache; leave use_cache=True",
+        ),
         "output_attentions": (bool(request.asked("output_attentions")), "no attention matrix is built; leave it off"),
         "output_hidden_states": (
             bool(request.asked("output_hidden_states")),
@@ -148,6 +155,30 @@ def check_generate(request: GenerateRequest) -> None:
     ids = request.input_ids
     if ids is not None:
         check_ids(ids)
+
+
+def check_forward(named: dict[str, Any], config: Any, cache_name: str) -> None:
+    """Refuse arguments of a forward call with an imdc cache that it cannot honour.
+
+    Args:
+        named: the arguments, without the cache.
+        config: of the decoder, whose defaults hold where the call does not say otherwise.
+        cache_name: what the model calls its cache.
+
+    Raises:
+        UnsupportedCallError: the message names argument and remedy.
+    """
+    for name in _REFUSED:
+        value = named.get(name)
+        if value is not None and value is not False:
+            raise UnsupportedCallError(f"{name} is not supported with an imdc cache; leave it out")
+        if value is None and name.startswith("output_") and getattr(config, name, False):
+            raise UnsupportedCallError(
+                f"config.{name}=True is not supported with an imdc cache: only the last chunk's exist; set it to False"
+            )
+    if named.get("use_cache") is False:
+        raise UnsupportedCallError(f"use_cache=False contradicts {cache_name}, an imdc cache; leave one of them out")
+    check_ids(named.get("input_ids"))
 
 
 def check_ids(input_ids: Any) -> None:
@@ -180,48 +211,6 @@ def check_prompt_learning(model: PreTrainedModel) -> None:
         raise UnsupportedCallError(
             f"{type(config).__name__} is prompt learning, whose virtual tokens live in a KV cache of its own; imdc "
             f"supports adapters of weights such as LoRA"
-        )
-
-
-def check_history(held: int, given: int) -> None:
-    """Refuse a turn whose text ends before what the cache holds; transformers would read only a part of it.
-
-    Args:
-        held: tokens of earlier turns that the cache has seen.
-        given: columns of the call's attention mask, or of its input_ids.
-
-    Raises:
-        UnsupportedCallError: the call has nothing new.
-    """
-    if given <= held:
-        raise UnsupportedCallError(
-            f"the call speaks of {given} tokens, {hf.CACHE_NAME} already holds {held}; pass the whole conversation as "
-            f"input_ids, or the new tokens with an attention_mask for the whole conversation"
-        )
-
-
-def check_positions(named: dict[str, Any]) -> None:
-    """Refuse position_ids of the caller's own: those that do not count the tokens of a prompt one by one.
-
-    Args:
-        named: the arguments of a forward call that reads a prompt.
-
-    Raises:
-        UnsupportedCallError: positions that imdc would replace by its own.
-    """
-    positions, mask = named.get("position_ids"), named.get("attention_mask")
-    if positions is None:
-        return
-    steps = positions.diff() == 1
-    if mask is not None and mask.ndim == 2 and mask.shape[1] >= positions.shape[-1]:
-        real = mask[:, -positions.shape[-1] :].to(positions.device).bool()
-        steps = steps | ~(real[:, 1:] & real[:, :-1])
-    if not bool(steps.all()):
-        row, column = (~steps).nonzero()[0].tolist()
-        pair = positions.expand(steps.shape[0], -1)[row, column : column + 2].tolist()
-        raise UnsupportedCallError(
-            f"position_ids go from {pair[0]} to {pair[1]} in row {row}: imdc numbers prompt and memory itself, one by "
-            f"one; leave position_ids out"
         )
 
 

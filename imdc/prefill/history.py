@@ -1,0 +1,122 @@
+"""What a call says of the text so far, by its mask and positions, held against what the cache has read of it.
+
+imdc numbers tokens itself and leaves padding out, so a mask or positions that say anything else would be ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imdc.cache.cache import ImdcCache
+from imdc.errors import UnsupportedCallError
+from imdc.model import hf
+
+
+def check_history(held: int, given: int) -> None:
+    """Refuse a turn whose text ends before what the cache holds; transformers would read only a part of it.
+
+    Args:
+        held: tokens of earlier turns that the cache has seen.
+        given: columns of the call's attention mask, or of its input_ids.
+
+    Raises:
+        UnsupportedCallError: the call has nothing new.
+    """
+    if given <= held:
+        raise UnsupportedCallError(
+            f"the call speaks of {given} tokens, {hf.CACHE_NAME} already holds {held}; pass the whole conversation as "
+            f"input_ids, or the new tokens with an attention_mask for the whole conversation"
+        )
+
+
+# Reads tensors on the host.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def check_text(cache: ImdcCache, named: dict[str, Any], *, decodes: bool) -> None:
+    """Refuse a mask or positions of another text than that of `cache` with the new tokens behind it.
+
+    Args:
+        cache: what the call goes on from.
+        named: the arguments of a forward call, with `input_ids` int64 [B, T].
+        decodes: whether the tokens are appended, padding and all; else padding among them is left out.
+
+    Raises:
+        UnsupportedCallError: the message names row and remedy.
+    """
+    ids, turn = named["input_ids"], cache.turn
+    rows, columns = ids.shape
+    # Assisted decoding may pass once more what the cache holds.
+    again = turn is not None and turn.columns is not None and columns >= turn.columns
+    held = 0 if again else cache.get_seq_length()
+    read = [0] * rows if again or cache.rows is None else (cache.rows.tokens + cache.tail).tolist()
+    if len(read) != rows:
+        raise UnsupportedCallError(f"{hf.CACHE_NAME} holds {len(read)} rows, input_ids has {rows}; pass as many rows")
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
+    real = torch.ones(1, columns, dtype=torch.bool, device="cpu")
+    if mask is not None:
+        real = _checked_mask(mask, (rows, columns), held, read)[:, -columns:]
+        if decodes and not bool(real.all()):
+            raise UnsupportedCallError(
+                f"attention_mask hides a new token of row {_first(~real.all(dim=1))}, and what is decoded always "
+                f"counts; pass 1 for it"
+            )
+    # generate() counts on from the last column, which is padding where that is on the right.
+    if positions is not None and not (decodes and turn is not None):
+        _check_positions(positions, real.expand(rows, -1), held, read)
+
+
+def _checked_mask(mask: Any, shape: tuple[int, int], held: int, read: list[int]) -> Tensor:
+    """`mask` as bool on the CPU, if it speaks of the text that was read."""
+    rows, columns = shape
+    seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if seen not in ((rows, columns), (rows, held + columns)):
+        raise UnsupportedCallError(
+            f"attention_mask has shape {seen} for input_ids {shape} after {held} tokens; pass one column per token, 1 "
+            f"for tokens and 0 for padding"
+        )
+    real = mask.to("cpu", torch.bool)
+    before = real[:, :-columns].sum(dim=1)
+    if before.tolist() != read and mask.shape[1] > columns:
+        row = _first(before != torch.tensor(read, device="cpu"))
+        raise UnsupportedCallError(
+            f"attention_mask counts {int(before[row])} tokens before the new ones in row {row}, and the cache has read "
+            f"{read[row]}; pass the mask it was read with, and 1 for what was decoded, or read the text anew"
+        )
+    return real
+
+
+def _check_positions(positions: Any, real: Tensor, held: int, read: list[int]) -> None:
+    """Refuse positions that imdc would replace by others: it counts the tokens, or the columns, one by one.
+
+    Args:
+        positions: of the caller.
+        real: bool [B, T] on the CPU, which of the new columns are tokens.
+        held: columns before.
+        read: tokens before, per row.
+    """
+    rows, columns = real.shape
+    seen = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+    remedy = "imdc numbers prompt and memory itself, one by one; leave position_ids out"
+    if seen not in ((rows, columns), (1, columns)):
+        raise UnsupportedCallError(f"position_ids has shape {seen} for input_ids {(rows, columns)}: {remedy}")
+    given = positions.cpu().expand(rows, -1)
+    wrong = (given.diff() != 1) & real[:, 1:] & real[:, :-1]
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        pair = given[row, column : column + 2].tolist()
+        raise UnsupportedCallError(f"position_ids go from {pair[0]} to {pair[1]} in row {row}: {remedy}")
+    for row, tokens in enumerate(read):
+        places = real[row].nonzero()[:, 0]
+        if not places.numel():
+            continue
+        last, number = int(places[-1]), tokens + places.numel() - 1
+        if int(given[row, last]) not in (number, held + last):
+            raise UnsupportedCallError(
+                f"position_ids give {int(given[row, last])} to token {number} of row {row}: {remedy}"
+            )
+
+
+def _first(rows: Tensor) -> int:
+    return int(rows.nonzero()[0])
