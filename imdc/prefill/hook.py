@@ -111,12 +111,13 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         step = _RUNNING.get()
+        # As PyTorch's fused attention does where a model names no scale.
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if step is None or not step.serves(module):
             found, (masks, renewal) = overlaid(), _DECODING.get()
             function = found or hf.eager_attention(module)
             if renewal is not None and renewal.serves(module):
                 renewed: Any = module.layer_idx
-                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 with _own_precision(query):
                     renewal.renew(int(renewed), query, scale=scale, softcap=kwargs.get("softcap"))
             if masks is not None and masks.serves(module):
@@ -125,7 +126,6 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
             result: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             return result
         layer: Any = module.layer_idx
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         step.reached.add(int(layer))
         with _own_precision(query):
             out = step.attend(int(layer), query, key, value, scale=scale, softcap=kwargs.get("softcap"))
