@@ -194,6 +194,19 @@ def test_the_cache_of_an_answer_is_over_with_it(tmp_path: Path) -> None:
         assert model.generate(more, **GREEDY).shape == (1, 325)
 
 
+@pytest.mark.parametrize("every", [0, 1], ids=["the prompt", "the answer too"])
+def test_a_model_may_leave_the_scale_to_the_attention(every: int) -> None:
+    model, prompt = FAMILIES["llama"](), text(300)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    logits = []
+    with imdc.patch(model, **TIGHT, recall_every=every):
+        for scale in (16**-0.5, None):
+            for layer in model.model.layers:
+                layer.self_attn.scaling = scale
+            logits.append(torch.stack(model.generate(prompt, **options).logits))
+    assert torch.equal(*logits)
+
+
 def test_compressing_an_answer_ends_its_renewals(taken: list[tuple[int, int, int, Tensor]]) -> None:
     model = FAMILIES["gemma3"]()
     with imdc.patch(model, **TIGHT, recall_every=2, decode_tokens=5):
