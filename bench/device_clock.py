@@ -64,7 +64,6 @@ class Timings:
         target = torch.empty_like(source)
         self.copy_gbytes = 2 * source.nbytes / 1e9 / self.clock(lambda: target.copy_(source))[0] * 1e3
         print(f"matrix product {self.matmul_tflops:.0f} TFLOP/s, copy {self.copy_gbytes:.0f} GB/s")
-        print(f"{'kernel':<34}{'memory':>7}{'ms':>10}{'host ms':>9}{'TFLOP/s':>9}{'GB/s':>9}")
 
     def add(self, name: str, memory: int, run: Callable[[], Any], *, flops: float = 0.0, gbytes: float = 0.0) -> float:
         """Time `run`; returns its milliseconds on the device."""

@@ -265,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     timings = Timings()
     timings.measure_ceilings()
+    print(f"{'kernel':<34}{'memory':>7}{'ms':>10}{'host ms':>9}{'TFLOP/s':>9}{'GB/s':>9}")
     linear = time_linear(timings)
     shape = {"chunk": CHUNK, "keep": KEEP, "observers": OBSERVERS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
     swept = MEMORIES[1] if options.sweep else None
