@@ -15,7 +15,8 @@ KINDS = (
     ("fused step", r"_fused_step"),
     ("attention", r"_attention_kernel|chunk_attention|flash|fmha|cudnn.*sdpa|sdpa"),
     ("scoring and compaction", r"_key_mass|_select|_compact|_compress|_rotate"),
-    ("matrix products", r"gemm|nvjet|cutlass|matmul|sm90_xmma"),
+    # cuBLAS adds up the parts of a product in a kernel of its own, and has others for one row.
+    ("matrix products", r"gemm|gemv|nvjet|cutlass|matmul|sm90_xmma|splitK"),
     ("copies", r"copy|Memcpy|memcpy|CatArray"),
     ("sums and norms", r"reduce|Reduce|norm"),
 )
