@@ -18,6 +18,14 @@ def setting(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not CHUNK,MEMORY, such as 512,4096") from error
 
 
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def reference_ids(tokenizer: Any, prompt_tokens: int) -> list[int]:
     """The first `prompt_tokens` tokens of CPython's reference.
 

@@ -8,8 +8,9 @@
 The model is Llama-3.1-8B's shape with random weights made on the device, whose bytes and time are those of the real
 one. "full-cudnn" and "full-flash" are the unpatched model with PyTorch's fused attention held to that backend,
 "chunked" is generate(prefill_chunk_size=4096) of transformers. Every way calls generate() for one token; bytes are
-the caching allocator's above the weights. Times are medians, and the ways take turns. `floor` is the time that the
-matrix products and the attention of a way would take at the rate of a large matrix product measured in the same run.
+the caching allocator's above the weights. Times are medians, and the ways take turns; "chunked" is read once. `floor`
+is the time that the matrix products, the attention and the scoring of a way would take at the rate of a large matrix
+product measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from device_clock import Timings, describe_device
-from inputs import setting
+from inputs import positive, setting
 from peak_memory import LLAMA, load
 from record import RESULTS, circumstances, options, write
 from time_by_kernel import shares, time_by_kernel
@@ -43,6 +45,7 @@ OURS = ("imdc", "im", "fm")
 FULL = {"full-cudnn": SDPBackend.CUDNN_ATTENTION, "full-flash": SDPBackend.FLASH_ATTENTION}
 WAYS = (*OURS, *FULL, "chunked")
 STOCK_CHUNK = 4096
+WARM_UP_TOKENS = 20_480
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class Row:
             "seconds": self.seconds,
             "median_seconds": median,
             "floor_seconds": floor,
+            # 1 where nothing but that arithmetic would take time.
             "share_of_floor": floor / median if floor and median else None,
             "peak_bytes": self.peak_bytes or None,
             "predicted_bytes": self.predicted_bytes,
@@ -87,13 +91,17 @@ class Row:
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[Row]:
-    """Every way that was asked for, shortest prompts first."""
-    for tokens in args.prompt_tokens:
-        for way in args.ways:
+    """Every way that was asked for, shortest prompts first.
+
+    Raises:
+        ConfigError: a setting or backend that cannot work.
+    """
+    for tokens in sorted(set(args.prompt_tokens)):
+        for way in dict.fromkeys(args.ways):
             if way not in OURS:
                 yield Row(way, tokens)
                 continue
-            for chunk, memory in args.setting:
+            for chunk, memory in dict.fromkeys(args.setting):
                 config = PrefillConfig(schedule=way, chunk_tokens=chunk, memory_tokens=memory, backend=args.backend)
                 yield Row(way, tokens, config)
 
@@ -126,7 +134,7 @@ def read(model: Any, ids: torch.Tensor, row: Row, *, profiled: bool = False) -> 
             torch.cuda.synchronize()
             taken = time.perf_counter() - began
     except (RuntimeError, ImdcError) as error:
-        row.failed = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        row.failed = reason(error)
         return
     if kernels is not None:
         row.kernels = shares(kernels, taken)
@@ -135,9 +143,19 @@ def read(model: Any, ids: torch.Tensor, row: Row, *, profiled: bool = False) -> 
     row.peak_bytes = max(row.peak_bytes, torch.cuda.max_memory_allocated() - before)
 
 
+def reason(error: Exception) -> str:
+    """One line for the result file."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def foresee(model: Any, row: Row) -> None:
     """What the planner says of `row`, bytes above the weights and arithmetic."""
-    planned = imdc.plan(model, row.prompt_tokens, row.config, new_tokens=1)
+    try:
+        planned = imdc.plan(model, row.prompt_tokens, row.config, new_tokens=1)
+    except ImdcError as error:
+        # What has been measured is written all the same.
+        row.failed = reason(error)
+        return
     if row.config is not None:
         row.predicted_bytes, row.flops = planned.peak.above_weights, planned.flops
         return
@@ -153,49 +171,65 @@ def show(row: Row, tflops: float) -> None:
         print(f"{row.prompt_tokens:>8} {row.way:<11}{row.setting}: FAILED {row.failed}", flush=True)
         return
     share, error = (value[name] for name in ("share_of_floor", "error"))
+    floor = "" if share is None else f"floor {100 * share:.0f}% of that, "
+    planned = "" if error is None else f", planned {100 * error:+.1f}%"
     print(
         f"{row.prompt_tokens:>8} {row.way:<11}{row.setting} {row.backend}: {value['median_seconds']:.3f} s "
-        f"({len(row.seconds)} runs, {'' if share is None else f'{share:.2f} of floor, '}{row.peak_bytes / GIB:.2f} GiB "
-        f"above weights{'' if error is None else f', planned {100 * error:+.1f}%'})",
+        f"({len(row.seconds)} runs, {floor}{row.peak_bytes / GIB:.2f} GiB above weights{planned})",
         flush=True,
     )
+    for one in row.kernels:
+        print(f"    {one['kind']:<28}{one['seconds']:>9.4f} s {100 * one['share']:>6.1f}%", flush=True)
+
+
+def measure(model: Any, ids: torch.Tensor, rows: Sequence[Row], args: argparse.Namespace, tflops: float) -> None:
+    """Read the prompt in every way of `rows`, which are of one length, and print a line for each."""
+    prompt = ids[:, : rows[0].prompt_tokens]
+    if args.warm_up:
+        # Compiles kernels and builds handles on a short prompt of the same sizes.
+        for row in rows:
+            read(model, prompt[:, :WARM_UP_TOKENS], Row(row.way, row.prompt_tokens, row.config))
+    for repeat in range(args.repeats):
+        shift = repeat * len(rows) // args.repeats
+        for row in (*rows[shift:], *rows[:shift]):
+            if not row.failed and not (row.way == "chunked" and repeat):
+                read(model, prompt, row)
+    for row in rows:
+        if not row.failed:
+            foresee(model, row)
+            if args.profile:
+                read(model, prompt, row, profiled=True)
+        show(row, tflops)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0 when all was measured, 1 where a way failed, 2 without a CUDA device."""
+    """Run the benchmark; 0 when all was measured, 1 where a way failed, 2 after bad input or without a CUDA device."""
     args = _parser().parse_args(argv)
-    if not torch.cuda.is_available():
-        print("long_prompts: no CUDA device here", file=sys.stderr)
-        return 2
     quiet_transformers()
+    try:
+        return benchmark(args)
+    except ImdcError as error:
+        print(f"long_prompts: error: {error}", file=sys.stderr)
+        return 2
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure what `args` asks for, and write it; returns the exit status.
+
+    Raises:
+        ImdcError: what is asked for cannot be done here.
+    """
+    rows = list(rows_of(args))
+    if not torch.cuda.is_available():
+        raise ImdcError("no CUDA device here")
+    if args.liger:
+        use_liger()
     started = circumstances(commit=args.commit)
     timings = Timings()
     timings.measure_ceilings()
-    if args.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
     model, ids = load(args)
-    rows = list(rows_of(args))
-    for tokens in args.prompt_tokens:
-        group = [row for row in rows if row.prompt_tokens == tokens]
-        if args.warm_up:
-            # Compiles kernels and builds handles on a short prompt of the same sizes.
-            for row in group:
-                read(model, ids[:, : min(tokens, 20_480)], Row(row.way, tokens, row.config))
-        for repeat in range(args.repeats):
-            shift = repeat * len(group) // args.repeats
-            for row in group[shift:] + group[:shift]:
-                if not row.failed and not (row.way == "chunked" and repeat):
-                    read(model, ids[:, :tokens], row)
-        for row in group:
-            if not row.failed:
-                foresee(model, row)
-                if args.profile:
-                    read(model, ids[:, :tokens], row, profiled=True)
-            show(row, timings.matmul_tflops)
-            for one in row.kernels:
-                print(f"    {one['kind']:<28}{one['seconds']:>9.4f} s {100 * one['share']:>6.1f}%", flush=True)
+    for _, group in groupby(rows, lambda row: row.prompt_tokens):
+        measure(model, ids, list(group), args, timings.matmul_tflops)
     result = {
         **started,
         "device": describe_device(),
@@ -208,21 +242,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(row.failed for row in rows) else 0
 
 
+def use_liger() -> None:
+    """Let models of Llama's family that are made from now on compute with liger-kernel.
+
+    Raises:
+        ImdcError: it is not installed.
+    """
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise ImdcError("--liger needs liger-kernel (pip install liger-kernel)") from error
+    apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="long_prompts.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32_768, 131_072])
+    parser.add_argument("--prompt-tokens", type=positive, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--setting", type=setting, nargs="+", default=[(4096, 4096)], metavar="CHUNK,MEMORY")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false")
     parser.add_argument("--profile", action="store_true", help="also where the time goes, by kinds of kernels")
     parser.add_argument("--liger", action="store_true", help="with the norms, rotary embedding and MLP of liger-kernel")
     parser.add_argument("--model", default=LLAMA, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--commit", help="the commit that is timed, where there is no git to ask")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    # Of several devices, what CUDA_VISIBLE_DEVICES makes the first: times and bytes are those of the current one.
+    parser.set_defaults(device="cuda")
     return parser
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import begin
 import torch
+from inputs import positive
 from longbench_data import Record, in_order, load
 from longbench_model import load_harness
 from longbench_progress import Progress
@@ -240,14 +241,12 @@ def _parser() -> argparse.ArgumentParser:
         "$LONGBENCH_DATA, ../shared/data/minilongbench, the hub)",
     )
     data.add_argument(
-        "--limit", type=_positive, metavar="N", help="questions of each task, drawn by --seed (default: all)"
+        "--limit", type=positive, metavar="N", help="questions of each task, drawn by --seed (default: all)"
     )
-    data.add_argument(
-        "--max-prompt-tokens", type=_positive, metavar="N", help="leave out longer prompts, and name them"
-    )
+    data.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="leave out longer prompts, and name them")
     data.add_argument("--seed", type=int, default=0, help="of the draw and of the intervals (default: 0)")
     data.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=f"default: {PROTOCOLS[0]}")
-    data.add_argument("--max-length", type=_positive, metavar="N", help="tokens the official protocol cuts prompts to")
+    data.add_argument("--max-length", type=positive, metavar="N", help="tokens the official protocol cuts prompts to")
     data.add_argument("--max-minutes", type=float, metavar="M", help="begin no further answer after M minutes")
     ways = parser.add_argument_group("ways of reading")
     ways.add_argument(
@@ -264,13 +263,6 @@ def _parser() -> argparse.ArgumentParser:
     ways.add_argument("--observer", choices=list(OBSERVERS), default=PrefillConfig().observer)
     add_config_options(parser, leave_out=("schedule", "observer", "memory_tokens", "chunk_tokens", "memory_limit"))
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":
