@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from mode_cases import LENGTH, NEW, ROOMY, TIGHT, Calls, assistant_of, generate, model_of, prompt
 from tiny_models import FAMILIES, build
 from torch import Tensor
 from transformers import (
@@ -23,47 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import imdc
 from imdc.errors import UnsupportedCallError
-from imdc.model import hf
 from imdc.model.hf import CACHE_NAME
-
-ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
-LENGTH = 110
-WINDOWED = ("mistral_sliding", "gemma2", "gemma3")
-NEW = 8
-
-
-@functools.lru_cache(maxsize=2)
-def model_of(family: str) -> PreTrainedModel:
-    return FAMILIES[family]()
-
-
-@functools.lru_cache(maxsize=2)
-def assistant_of(family: str, noise: float) -> PreTrainedModel:
-    """A model that agrees with `family` on some tokens, and not on others."""
-    if family in WINDOWED and hf.RUNNING < (5, 23):
-        pytest.skip("transformers' own assistant with sliding windows fails before 5.23")
-    model = build(family)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data += noise * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
-    model.generation_config.num_assistant_tokens = 4
-    model.generation_config.num_assistant_tokens_schedule = "constant"
-    model.generation_config.assistant_confidence_threshold = 0.0
-    return model
-
-
-def prompt(rows: int = 1) -> Tensor:
-    """Rows that repeat themselves, so that prompt lookup finds candidates."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 128, (rows, LENGTH // 5), generator=generator).repeat(1, 5)
-
-
-def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
-    """New tokens of the call `options`, which starts from one seed."""
-    torch.manual_seed(3)
-    settings = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 2, "do_sample": False, **options}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
 
 class Collector(BaseStreamer):
@@ -249,83 +209,6 @@ def test_what_calls_generate_for_the_caller_gives_the_same(
     with imdc.patch(model, **ROOMY) as handle:
         assert use(model, byte_tokenizer) == wanted
         assert handle.report is not None and len(handle.report.steps) > 2
-
-
-class Calls:
-    """Counts the tokens of every forward call of a model."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.tokens: list[int] = []
-
-    def __enter__(self) -> Calls:
-        self.handle = self.model.model.register_forward_pre_hook(
-            lambda module, args, kwargs: self.tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()
-
-
-@pytest.mark.parametrize("noise", [0.02, 0.4], ids=["agrees often", "agrees rarely"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("positions", ["original", "compact"])
-def test_any_assistant_gives_greedy_tokens(family: str, noise: float, positions: str) -> None:
-    model, new = model_of(family), 24
-    # So little is dropped that an unpatched assistant still agrees with what the memory says.
-    with imdc.patch(model, positions=positions, memory_tokens=LENGTH - 2, chunk_tokens=32) as handle:
-        wanted = generate(model, prompt(), max_new_tokens=new, eos_token_id=None)
-        with Calls(model) as calls:
-            got = generate(model, prompt(), max_new_tokens=new, assistant_model=assistant_of(family, noise))
-        assert handle.report is not None
-        decoded = calls.tokens[len(handle.report.steps) :]
-    assert torch.equal(got, wanted)
-    # Otherwise nothing would be known about candidates that are accepted, or that are taken back.
-    assert len(decoded) <= new * 2 / 3 if noise < 0.1 else sum(decoded) > new * 2
-
-
-@pytest.mark.parametrize("noise", [0.02, 0.4], ids=["agrees often", "agrees rarely"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("limits", [ROOMY, TIGHT], ids=["roomy", "tight"])
-def test_a_patched_assistant_drafts_and_takes_back(family: str, noise: float, limits: dict[str, int]) -> None:
-    model, assistant = model_of(family), assistant_of(family, noise)
-    wanted = generate(model, prompt(), max_new_tokens=16)
-    with imdc.patch(assistant, **limits) as drafts:
-        with Calls(assistant) as calls:
-            assert torch.equal(generate(model, prompt(), max_new_tokens=16, assistant_model=assistant), wanted)
-        assert drafts.report is not None
-        # The prompt is read once; after that drafting adds one or two tokens at a time.
-        assert max(calls.tokens[len(drafts.report.steps) :]) <= 2
-        with imdc.patch(model, **ROOMY):
-            assert torch.equal(generate(model, prompt(), max_new_tokens=16, assistant_model=assistant), wanted)
-
-
-def test_an_assistant_that_compresses_while_decoding_is_refused() -> None:
-    assistant = assistant_of("llama", 0.4)
-    with (
-        imdc.patch(assistant, decode_tokens=16, **TIGHT),
-        pytest.raises(UnsupportedCallError, match="decode_tokens=16"),
-    ):
-        generate(model_of("llama"), prompt(), assistant_model=assistant)
-
-
-@pytest.mark.parametrize("family", ["mistral_sliding", "gemma3"])
-def test_windows_stay_bounded_after_assisted_decoding(family: str) -> None:
-    model = model_of(family)
-    with imdc.patch(model, **TIGHT):
-        first = generate(model, prompt(), prompt_lookup_num_tokens=4, return_dict_in_generate=True)
-        history = torch.cat((first.sequences, prompt()), dim=1)
-        second = generate(
-            model,
-            history,
-            past_key_values=first.past_key_values,
-            max_new_tokens=40,
-            eos_token_id=None,
-            return_dict_in_generate=True,
-        )
-    windows = [layer for layer in second.past_key_values.layers if layer.is_sliding]
-    assert windows and all(layer.keys.shape[2] == layer.sliding_window - 1 for layer in windows)
 
 
 @pytest.mark.parametrize("default", [False, True], ids=["asked for", "default of the model"])
