@@ -25,6 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from imdc.model.loading import SMOLLM2_INSTALL, find_smollm2_gguf, load_model
 from imdc.prefill import hook
 
+# Its assertions are those of tests, and shall show what they compared.
+pytest.register_assert_rewrite("promises")
+
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -77,3 +80,11 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Pre
     build("llama", vocab_size=len(byte_tokenizer)).save_pretrained(folder)
     byte_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    """A text of 420 tokens of `byte_tokenizer`."""
+    path = tmp_path / "document.txt"
+    path.write_text("It was a bright cold day in April. " * 12, encoding="utf-8")
+    return path
