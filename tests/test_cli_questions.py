@@ -18,13 +18,6 @@ from imdc.cli.prompts import chat_prompt, encode_prompt
 SMALL = ["--memory-tokens", "64", "--chunk-tokens", "40"]
 
 
-@pytest.fixture
-def document(tmp_path: Path) -> Path:
-    path = tmp_path / "document.txt"
-    path.write_text("It was a bright cold day in April. " * 12, encoding="utf-8")
-    return path
-
-
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     capsys.readouterr()
     assert main(argv) == 0
