@@ -1,51 +1,24 @@
-"""The patch in bad company: threads, interrupts, many calls, and removal after all of it."""
+"""The patch in bad company: threads, interrupts, and memory that runs out."""
 
 from __future__ import annotations
 
-import gc
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, build, greedy
-from torch import Tensor, nn
+from torch import Tensor
+from traces import TIGHT, FailingAt, prompt, trace_of
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import imdc
 from imdc.cache.cache import ImdcCache
 from imdc.prefill import hook
-from imdc.prefill.patch import PatchHandle
 
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 FAILURES = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, SystemExit]
-
-
-def prompt(length: int = 110, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def trace_of(model: PreTrainedModel) -> dict[str, Any]:
-    """All that a patch could leave behind: attributes of every module and config, and transformers' registries."""
-    state: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            state[f"{name}.{key}"] = dict(value) if isinstance(value, dict) else value
-        for key, config in vars(module).items():
-            if key.endswith("config") and hasattr(config, "__dict__"):
-                state[f"{name}.{key}.*"] = dict(vars(config))
-    state["attention"] = dict(ALL_ATTENTION_FUNCTIONS)
-    state["masks"] = dict(ALL_MASK_ATTENTION_FUNCTIONS)
-    state["class"] = dict(vars(type(model)))
-    state["overlays"] = (hook._patches, dict(hook._overlays))
-    state["running"] = hook._RUNNING.get()
-    return state
 
 
 def content_of(cache: ImdcCache) -> list[Any]:
@@ -54,26 +27,6 @@ def content_of(cache: ImdcCache) -> list[Any]:
     rows = [getattr(cache.rows, name).tolist() for name in ("tokens", "position", "padding")]
     tensors = [side.tolist() for layer in cache.layers for side in (layer.keys, layer.values)]
     return [cache.width, cache.compact, [layer.get_seq_length() for layer in cache.layers], rows, tensors]
-
-
-class FailingAt:
-    """Lets a module raise in its n-th call, and counts the calls."""
-
-    def __init__(self, module: nn.Module, number: int, failure: type[BaseException]) -> None:
-        self.calls = 0
-
-        def hook(*_: Any) -> None:
-            self.calls += 1
-            if self.calls == number:
-                raise failure("injected")
-
-        self.handle = module.register_forward_hook(hook)
-
-    def __enter__(self) -> FailingAt:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
 
 
 @pytest.fixture
@@ -240,77 +193,3 @@ def test_a_cache_that_could_not_be_built_is_empty_and_reads_anew(monkeypatch: py
                 greedy(model, history, past_key_values=cache)
         assert cache.is_empty and cache.get_seq_length() == 0 and cache.kv_bytes() == 0
         assert torch.equal(greedy(model, history, past_key_values=cache).sequences, greedy(model, history).sequences)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_removal_leaves_no_trace(family: str) -> None:
-    model = FAMILIES[family]()
-    before = trace_of(model)
-    with imdc.patch(model, **TIGHT):
-        assert trace_of(model) != before
-        with FailingAt(model.model.layers[1], 2, RuntimeError), pytest.raises(RuntimeError):
-            greedy(model, prompt())
-        greedy(model, prompt())
-    assert trace_of(model) == before
-
-
-def test_the_trace_shows_a_removal_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = FAMILIES["llama"]()
-    before = trace_of(model)
-    handle = imdc.patch(model, **TIGHT)
-    with monkeypatch.context() as patched:
-        patched.setattr(PatchHandle, "remove", lambda self: None)
-        with handle:
-            greedy(model, prompt())
-        left = {key for key, value in trace_of(model).items() if key not in before or value != before[key]}
-    assert {"._imdc_handle", ".forward", ".generate", "attention", "masks", "overlays"} <= left
-    handle.remove()
-    assert trace_of(model) == before
-
-
-def live_things() -> tuple[int, int, int]:
-    """Objects that Python tracks, tensors among them, and the bytes that those hold."""
-    gc.collect()
-    things = gc.get_objects()
-    tensors = [thing for thing in things if issubclass(type(thing), Tensor)]
-    return len(things), len(tensors), sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def left_by_500_prefills() -> tuple[int, int, int]:
-    """What `live_things` counts more of after the last prefill than after the twentieth."""
-    model = build("llama", num_hidden_layers=1)
-    ids = prompt(40)
-    limits = {"memory_tokens": 16, "chunk_tokens": 16, "sink_tokens": 1, "recent_tokens": 4}
-    with torch.no_grad(), imdc.patch(model, **limits) as handle:
-        for number in range(500):
-            model(ids, past_key_values=handle.new_cache(), logits_to_keep=1)
-            if number in (10, 20):
-                # Twice: the first count fills caches of its own, which are no leak of a prefill.
-                things, tensors, held = live_things()
-        after = live_things()
-    return after[0] - things, after[1] - tensors, after[2] - held
-
-
-def test_500_prefills_leave_nothing_behind() -> None:
-    # In a process of its own: what other tests left running makes objects too.
-    command = [sys.executable, "-W", "ignore", "-c", "import test_robustness as t; print(*t.left_by_500_prefills())"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    things, tensors, held = map(int, done.stdout.split()[-3:])
-    # One object kept by every prefill would make 479.
-    assert things < 100
-    assert (tensors, held) == (0, 0)
-
-
-def test_100_patches_leave_nothing_behind() -> None:
-    model = build("llama", num_hidden_layers=1)
-    before, things = trace_of(model), 0
-    for number in range(100):
-        with imdc.patch(model, memory_tokens=16, chunk_tokens=16, sink_tokens=1, recent_tokens=4):
-            greedy(model, prompt(20))
-        if number == 10:
-            gc.collect()
-            things = len(gc.get_objects())
-    gc.collect()
-    assert len(gc.get_objects()) - things < 90
-    assert trace_of(model) == before

@@ -1,0 +1,56 @@
+"""What a patch could leave behind, and modules that fail while it is at work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from imdc.prefill import hook
+
+TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
+
+
+def prompt(length: int = 110, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def trace_of(model: PreTrainedModel) -> dict[str, Any]:
+    """All that a patch could leave behind: attributes of every module and config, and transformers' registries."""
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            state[f"{name}.{key}"] = dict(value) if isinstance(value, dict) else value
+        for key, config in vars(module).items():
+            if key.endswith("config") and hasattr(config, "__dict__"):
+                state[f"{name}.{key}.*"] = dict(vars(config))
+    state["attention"] = dict(ALL_ATTENTION_FUNCTIONS)
+    state["masks"] = dict(ALL_MASK_ATTENTION_FUNCTIONS)
+    state["class"] = dict(vars(type(model)))
+    state["overlays"] = (hook._patches, dict(hook._overlays))
+    state["running"] = hook._RUNNING.get()
+    return state
+
+
+class FailingAt:
+    """Lets a module raise in its n-th call, and counts the calls."""
+
+    def __init__(self, module: nn.Module, number: int, failure: type[BaseException]) -> None:
+        self.calls = 0
+
+        def hook(*_: Any) -> None:
+            self.calls += 1
+            if self.calls == number:
+                raise failure("injected")
+
+        self.handle = module.register_forward_hook(hook)
+
+    def __enter__(self) -> FailingAt:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
