@@ -53,6 +53,9 @@ def check_text(cache: ImdcCache, named: dict[str, Any], *, decodes: bool) -> Non
     read = [0] * rows if again or cache.rows is None else (cache.rows.tokens + cache.tail).tolist()
     if len(read) != rows:
         raise UnsupportedCallError(f"{hf.CACHE_NAME} holds {len(read)} rows, input_ids has {rows}; pass as many rows")
+    if decodes and turn is not None:
+        # generate() goes on from the mask that came with the prompt, token by token: no reason to wait for the device.
+        return
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     real = torch.ones(1, columns, dtype=torch.bool, device="cpu")
     if mask is not None:
@@ -62,8 +65,7 @@ def check_text(cache: ImdcCache, named: dict[str, Any], *, decodes: bool) -> Non
                 f"attention_mask hides a new token of row {_first(~real.all(dim=1))}, and what is decoded always "
                 f"counts; pass 1 for it"
             )
-    # generate() counts on from the last column, which is padding where that is on the right.
-    if positions is not None and not (decodes and turn is not None):
+    if positions is not None:
         _check_positions(positions, real.expand(rows, -1), held, read)
 
 
@@ -76,7 +78,7 @@ def _checked_mask(mask: Any, shape: tuple[int, int], held: int, read: list[int])
             f"attention_mask has shape {seen} for input_ids {shape} after {held} tokens; pass one column per token, 1 "
             f"for tokens and 0 for padding"
         )
-    real = mask.to("cpu", torch.bool)
+    real: Tensor = mask.to("cpu", torch.bool)
     before = real[:, :-columns].sum(dim=1)
     if before.tolist() != read and mask.shape[1] > columns:
         row = _first(before != torch.tensor(read, device="cpu"))
