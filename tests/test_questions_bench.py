@@ -93,7 +93,8 @@ def test_a_store_in_eight_bits_finds_the_same_facts(
     (one,) = data.documents(sizes, smollm2[1])
     model, int8 = (questions.measure(*smollm2, one, way, 8, 512) for way in ("recall", "recall int8"))
     assert int8["scores"] == model["scores"] and sum(model["scores"]) >= 4
-    planned = imdc.plan(smollm2[0], int8["tokens"], recall="host", recall_dtype="int8").to_dict()["host_bytes"]
+    options = {"recall": "host", "recall_dtype": "int8", "recall_every": 0}
+    planned = imdc.plan(smollm2[0], int8["tokens"], **options).to_dict()["host_bytes"]
     # Of float32, with the scales of heads of 64 dimensions.
     assert int8["host_bytes"] == planned < 0.275 * model["host_bytes"]
     assert int8["recalled_bytes"] < 0.3 * model["recalled_bytes"]
