@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 # Before anything imports them: no test may reach for the hub, and Triton without a GPU needs its interpreter.
@@ -29,6 +30,19 @@ from imdc.prefill import hook
 pytest.register_assert_rewrite("promises")
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where a test says nothing else, its tensors and models are there."""
+    parser.addoption("--device", help="default device of the tests, such as cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make it so, for generators of random numbers too, which have no default device."""
+    device = config.getoption("--device")
+    if device is not None:
+        torch.set_default_device(device)
+        torch.Generator = partial(torch.Generator, device)
 
 
 @pytest.fixture(autouse=True)
