@@ -260,9 +260,14 @@ def test_new_tokens_alone_cannot_be_read_anew() -> None:
     model = small(window=256)
     with imdc.patch(model, **TIGHT):
         history, cache = chat(model, 3)
-        new = prompt(60, seed=3)
+        # The last token of the answer was never read.
+        new = torch.cat((history[:, -1:], prompt(60, seed=3)), dim=1)
         mask = torch.ones(1, history.shape[1] + 60, dtype=torch.long)
         stored = [layer.keys.clone() for layer in cache.layers]
+        with pytest.raises(
+            UnsupportedCallError, match="has 60; pass the whole.*or its last 61 tokens: the last one of"
+        ):
+            generate(model, new[:, 1:], 8, past_key_values=cache, attention_mask=mask)
         with pytest.raises(UnsupportedCallError, match=r"reaches position 2\d\d, the model was trained for 256.*whole"):
             generate(model, new, 8, past_key_values=cache, attention_mask=mask)
         # The cache is as it was: a turn that fits goes on from it.

@@ -122,7 +122,8 @@ class Boundary:
                     f"leave one of them out"
                 )
         if not cache.is_empty and not turn.drafting:
-            check_history(cache.get_seq_length(), request.columns)
+            passed = request.columns if request.input_ids is None else int(request.input_ids.shape[-1])
+            check_history(cache.get_seq_length(), request.columns, passed)
             turn.columns = request.columns if turn.assisted else None
         return turn
 

@@ -15,20 +15,27 @@ from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 
 
-def check_history(held: int, given: int) -> None:
-    """Refuse a turn whose text ends before what the cache holds; transformers would read only a part of it.
+def check_history(held: int, given: int, passed: int) -> None:
+    """Refuse a turn whose text is not what the cache holds with new tokens behind it; transformers would lose a part.
 
     Args:
         held: tokens of earlier turns that the cache has seen.
         given: columns of the call's attention mask, or of its input_ids.
+        passed: columns of its input_ids: all of them, or the new ones alone.
 
     Raises:
-        UnsupportedCallError: the call has nothing new.
+        UnsupportedCallError: the call has nothing new, or new tokens that do not follow what was read.
     """
+    whole = "pass the whole conversation as input_ids"
     if given <= held:
         raise UnsupportedCallError(
-            f"the call speaks of {given} tokens, {hf.CACHE_NAME} already holds {held}; pass the whole conversation as "
-            f"input_ids, or the new tokens with an attention_mask for the whole conversation"
+            f"the call speaks of {given} tokens, {hf.CACHE_NAME} already holds {held}; {whole}, or the new tokens with "
+            f"an attention_mask for the whole conversation"
+        )
+    if passed not in (given, given - held):
+        raise UnsupportedCallError(
+            f"attention_mask speaks of {given} tokens, {hf.CACHE_NAME} has read {held} and input_ids has {passed}; "
+            f"{whole}, or its last {given - held} tokens: the last one of an answer was never read"
         )
 
 
