@@ -97,22 +97,23 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_production_configurations_neither_spill_nor_overflow(tmp_path: Path) -> None:
+# One after the other they take longer than a test may, on a slow machine.
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_production_configurations_neither_spill_nor_overflow(capability: int, tmp_path: Path) -> None:
     path = tmp_path / "resources.json"
-    done = run(str(SCRIPT), "--quick", "--json", str(path))
+    done = run(str(SCRIPT), "--quick", "--capability", str(capability), "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["rows"]
-    compiled = {(row["kernel"], row["capability"]) for row in rows}
     kernels = {"chunk_attention", "fused_step", "compress", "key_mass", "select", "compact", "rotate"}
-    assert compiled == {(kernel, capability) for kernel in kernels for capability in (80, 90, 100)}
+    assert {(row["kernel"], row["capability"]) for row in rows} == {(kernel, capability) for kernel in kernels}
     for row in rows:
         assert row["spilled_bytes"] == row["stack_bytes"] == 0, row
         assert row["faults"] == [], row
         assert row["shared_bytes"] <= {80: 163, 90: 227, 100: 227}[row["capability"]] * 1024, row
         assert 0 < row["registers"] <= MOST_REGISTERS, row
         assert row["registers"] * row["num_warps"] * 32 <= REGISTER_FILE, row
-    attention = {(row["case"], row["capability"]) for row in rows if row["kernel"] == "chunk_attention"}
-    assert {("D=64 bf16 G=4", 80), ("D=128 bf16 G=4", 80), ("D=64 bf16 G=4", 90), ("D=128 bf16 G=4", 90)} <= attention
+    attention = {row["case"] for row in rows if row["kernel"] == "chunk_attention"}
+    assert {"D=64 bf16 G=4", "D=128 bf16 G=4"} <= attention or capability == 100
 
 
 @pytest.mark.parametrize(
