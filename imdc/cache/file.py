@@ -104,8 +104,8 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel, *, recall: 
         model: the model that filled the cache, patched or not; its weights, adapters, dtype and config must be the
             same.
         recall: where the document's store is, if the file has one: "host" reads it into host memory, "disk" maps the
-            file, which must then stay as it is while the cache lives (another file may take its name). Mean keys, 1/32 of
-            a store in 16 bits, are no part of the file: a question makes them in host memory.
+            file, which must then stay as it is while the cache lives (another file may take its name). Mean keys,
+            1/32 of a store in 16 bits, are no part of the file: a question makes them in host memory.
 
     Raises:
         ConfigError: another `recall`.
