@@ -50,13 +50,15 @@ def test_keys_of_the_best_blocks_are_compared(compact: bool, int8: bool, softcap
     span = 256 - 7
     middles = torch.arange(SUMMARY_TOKENS // 2, 19 * SUMMARY_TOKENS, SUMMARY_TOKENS).clamp(max=TOKENS - 1)
     asked = rotated(one, q[:, :, -1:], torch.tensor([span + 6]), compact)
-    shares = logits(rotated(one, means, middles * span // TOKENS, compact)).softmax(dim=-1).amax(dim=1)
-    best = shares.topk(BLOCKS).indices
+    of_means = logits(rotated(one, means, middles * span // TOKENS, compact))
+    best = of_means.softmax(dim=-1).amax(dim=1).topk(BLOCKS).indices
     among = torch.zeros(2, 19, dtype=torch.bool).scatter_(1, best, True).repeat_interleave(SUMMARY_TOKENS, 1)
     all_logits = logits(rotated(one, keys, torch.arange(TOKENS) * span // TOKENS, compact))
     all_logits = all_logits.masked_fill(~among[:, None, :TOKENS], float("-inf"))
     own_logits = logits(rotated(one, own, torch.arange(span, span + 7), compact))
-    attended = torch.cat((all_logits, own_logits), dim=-1).softmax(dim=-1)[..., :TOKENS].amax(dim=1)
+    # The other blocks count as so many keys like their means.
+    others = of_means.scatter(-1, best[:, None].expand(-1, 2, -1), float("-inf")).repeat_interleave(SUMMARY_TOKENS, -1)
+    attended = torch.cat((all_logits, own_logits, others), dim=-1).softmax(dim=-1)[..., :TOKENS].amax(dim=1)
     scores = torch.nn.functional.max_pool1d(attended[None], 3, stride=1, padding=1)
     chosen = REFERENCE.select(scores, KEEP, sink_tokens=2, recent_tokens=0)
     stored = one.store.block("values", 0, range(TOKENS), q.device)[0]

@@ -24,6 +24,7 @@ key of each block of the text first, then with the keys of the blocks whose mean
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,9 +218,12 @@ class Recall:
                 means = self._turned(layer, means, asked.places(middles.clamp_(max=last)))
             found.append(asked.logits(means[0]))
         del means
-        shares = torch.cat(found, dim=-1).softmax(dim=-1).amax(dim=1)
-        best = shares.topk(count).indices.sort().values * SUMMARY_TOKENS
-        tokens = (best[..., None] + torch.arange(SUMMARY_TOKENS, device=device)).flatten(1)
+        of_means = torch.cat(found, dim=-1)
+        best = of_means.softmax(dim=-1).amax(dim=1).topk(count).indices.sort().values
+        # What the other blocks get, each as if all its keys were the mean: shares would be too large without.
+        others = of_means.scatter_(-1, best[:, None].expand(-1, of_means.shape[1], -1), float("-inf"))
+        rest = others.logsumexp(dim=-1).add_(math.log(SUMMARY_TOKENS))
+        tokens = (best[..., None] * SUMMARY_TOKENS + torch.arange(SUMMARY_TOKENS, device=device)).flatten(1)
         beyond = tokens > last
         tokens.clamp_(max=last)
         found = []
@@ -232,7 +236,7 @@ class Recall:
             found.append(asked.logits(keys[0]))
         logits = torch.cat(found, dim=-1).masked_fill_(beyond[:, None], float("-inf"))
         del keys, found
-        lse = torch.logaddexp(own.logsumexp(dim=-1), logits.logsumexp(dim=-1))
+        lse = torch.logaddexp(torch.logaddexp(own.logsumexp(dim=-1), logits.logsumexp(dim=-1)), rest)
         highest = torch.zeros(kv_heads, asked.tokens, dtype=torch.float32, device=device)
         highest.scatter_reduce_(1, tokens, logits.sub_(lse[..., None]).exp_().amax(dim=1), "amax")
         return pool(highest[None], self.config.pool_kernel, self.config.pooling)
