@@ -22,6 +22,7 @@ from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.fit import LEAST_CHUNK, fit_chunk, least_chunk, limit_bytes, smaller_chunk
 from imdc.prefill.backends import Backend, choose
+from imdc.prefill.history import check_mask_shape
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
 from imdc.prefill.reader import OnStep, Reader
@@ -176,12 +177,7 @@ class Engine:
             raise UnsupportedCallError(f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; pass a token")
         if attention_mask is None:
             return list(input_ids)
-        widths = (columns, cache.get_seq_length() + columns)
-        if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in widths:
-            raise UnsupportedCallError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} for input_ids {tuple(input_ids.shape)}; "
-                f"pass one column per token, 1 for tokens and 0 for padding"
-            )
+        check_mask_shape(attention_mask, (rows, columns), cache.get_seq_length())
         real = real_tokens(input_ids, attention_mask)
         prompts = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
         for number, prompt in enumerate(prompts):

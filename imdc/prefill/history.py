@@ -39,6 +39,21 @@ def check_history(held: int, given: int, passed: int) -> None:
         )
 
 
+def check_mask_shape(mask: Any, shape: tuple[int, int], held: int) -> None:
+    """Refuse a mask of neither the new tokens, `shape` [B, T], nor all columns, of which the cache holds `held`.
+
+    Raises:
+        UnsupportedCallError: the message names both shapes.
+    """
+    rows, columns = shape
+    seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if seen not in ((rows, columns), (rows, held + columns)):
+        raise UnsupportedCallError(
+            f"attention_mask has shape {seen} for input_ids {shape} after {held} tokens; pass one column per token, 1 "
+            f"for tokens and 0 for padding"
+        )
+
+
 # Reads tensors on the host.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def check_text(cache: ImdcCache, named: dict[str, Any], *, decodes: bool) -> None:
@@ -57,12 +72,15 @@ def check_text(cache: ImdcCache, named: dict[str, Any], *, decodes: bool) -> Non
     # Assisted decoding may pass once more what the cache holds.
     again = turn is not None and turn.columns is not None and columns >= turn.columns
     held = 0 if again else cache.get_seq_length()
-    read = [0] * rows if again or cache.rows is None else (cache.rows.tokens + cache.tail).tolist()
-    if len(read) != rows:
-        raise UnsupportedCallError(f"{hf.CACHE_NAME} holds {len(read)} rows, input_ids has {rows}; pass as many rows")
+    seen = None if again else cache.rows
+    if seen is not None and seen.tokens.numel() != rows:
+        raise UnsupportedCallError(
+            f"{hf.CACHE_NAME} holds {seen.tokens.numel()} rows, input_ids has {rows}; pass as many rows"
+        )
     if decodes and turn is not None:
         # generate() goes on from the mask that came with the prompt, token by token: no reason to wait for the device.
         return
+    read = [0] * rows if seen is None else (seen.tokens + cache.tail).tolist()
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     real = torch.ones(1, columns, dtype=torch.bool, device="cpu")
     if mask is not None:
@@ -78,13 +96,8 @@ def check_text(cache: ImdcCache, named: dict[str, Any], *, decodes: bool) -> Non
 
 def _checked_mask(mask: Any, shape: tuple[int, int], held: int, read: list[int]) -> Tensor:
     """`mask` as bool on the CPU, if it speaks of the text that was read."""
-    rows, columns = shape
-    seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    if seen not in ((rows, columns), (rows, held + columns)):
-        raise UnsupportedCallError(
-            f"attention_mask has shape {seen} for input_ids {shape} after {held} tokens; pass one column per token, 1 "
-            f"for tokens and 0 for padding"
-        )
+    columns = shape[1]
+    check_mask_shape(mask, shape, held)
     real: Tensor = mask.to("cpu", torch.bool)
     before = real[:, :-columns].sum(dim=1)
     if before.tolist() != read and mask.shape[1] > columns:
