@@ -95,9 +95,8 @@ def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
     # While keys are compared, and on a GPU the log-sum-exp has a copy of a block; what the question attends to of
     # itself; then values are added up, and what is not kept is compared again.
     passes = (side + on_device * logits[0], own, scores + (side if rest else whole * float_copy))
-    most = max(sum(logits[:held]) + sum(rest[:2]) + max(passes), turning)
-    if best:
-        most = _best_blocks_bytes(work, best)
+    every_key = max(sum(logits[:held]) + sum(rest[:2]) + max(passes), turning)
+    most = _best_blocks_bytes(work, best) if best else every_key
     most += own + 4 * rows * ((1 + whole) * queries + shape.q_heads) + rows * following
     # What was rotated for another place was turned back before it is turned to where it is compared.
     most += renews * shape.dtype_bytes * (rows * queries + following * keys) * work.compact
