@@ -27,6 +27,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import begin
 import torch
 from device_clock import Timings, describe_device
 from inputs import positive, setting
@@ -36,7 +37,6 @@ from time_by_kernel import shares, time_by_kernel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imdc
-from imdc.cli.answer import quiet_transformers
 from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
 from imdc.units import GIB
@@ -204,13 +204,7 @@ def measure(model: Any, ids: torch.Tensor, rows: Sequence[Row], args: argparse.N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when all was measured, 1 where a way failed, 2 after bad input or without a CUDA device."""
-    args = _parser().parse_args(argv)
-    quiet_transformers()
-    try:
-        return benchmark(args)
-    except ImdcError as error:
-        print(f"long_prompts: error: {error}", file=sys.stderr)
-        return 2
+    return begin.run(_parser().parse_args(argv), benchmark, "long_prompts")
 
 
 def benchmark(args: argparse.Namespace) -> int:
@@ -270,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="the commit that is timed, where there is no git to ask")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     # Of several devices, what CUDA_VISIBLE_DEVICES makes the first: times and bytes are those of the current one.
-    parser.set_defaults(device="cuda")
+    parser.set_defaults(device="cuda", threads=None)
     return parser
 
 
