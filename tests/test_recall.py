@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from imdc.kernels.reference import rotate
+from recall_cases import random_recall
 from tiny_models import FAMILIES, build
 from torch import Tensor
 
 import imdc
 from imdc.cache.rows import Taken
-from imdc.cache.store import HostStore
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
 from imdc.model.parts import Parts
@@ -24,7 +24,6 @@ from imdc.planner.batch import Batch
 from imdc.planner.fit import peak_bytes
 from imdc.prefill import text_store
 from imdc.prefill.backends import REFERENCE
-from imdc.prefill.recall import Recall
 
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "recall": "host"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -32,20 +31,6 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 def text(length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def random_recall(tokens: int, compact: bool, int8: bool) -> tuple[Recall, Tensor, Tensor, Tensor]:
-    """A store of one layer with random pairs, and queries, keys and values of a question of 7 tokens."""
-    model = FAMILIES["llama"](max_position_embeddings=256)
-    generator = torch.Generator().manual_seed(1)
-    store = HostStore([0], tokens, int8=int8)
-    keys, values = (torch.randn(1, 2, tokens, 16, generator=generator) for _ in range(2))
-    for start in range(0, tokens, 50):
-        store.write(0, start, keys[:, :, start : start + 50], values[:, :, start : start + 50])
-    config = PrefillConfig(sink_tokens=2, recent_tokens=4, memory_tokens=20, pool_kernel=3, recall="host")
-    q = torch.randn(1, 4, 7, 16, generator=generator)
-    own_k, own_v = (torch.randn(1, 2, 7, 16, generator=generator) for _ in range(2))
-    return Recall(store, Parts.of(model), config, REFERENCE, compact), q, own_k, own_v
 
 
 @pytest.mark.parametrize("compact", [False, True])

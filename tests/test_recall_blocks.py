@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from imdc.kernels.reference import rotate
-from test_recall import random_recall
+from recall_cases import random_recall
 from tiny_models import FAMILIES
 from torch import Tensor
 
