@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         finished = len(chosen) == len(wanted)
         results |= {
             "skipped": skipped,
+            "min_prompt_tokens": args.min_prompt_tokens,
             "max_prompt_tokens": args.max_prompt_tokens,
             "beyond_window": len({s["prompt_sha"] for s in chosen if window and s["prompt_tokens"] > window}),
         }
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 def select(
     lm: Any, found: dict[str, list[Record]], args: argparse.Namespace, max_length: int | None
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """The records to read, `--limit` of each task by `--seed`, and those left out as too long."""
+    """The records to read, `--limit` of each task by `--seed`, and those left out for their length."""
     chosen: list[Record] = []
     skipped: list[dict[str, Any]] = []
     taken = dict.fromkeys(found, 0)
@@ -123,9 +124,9 @@ def select(
         name = record.task.name
         if args.limit is not None and taken[name] >= args.limit:
             continue
-        if args.max_prompt_tokens is not None:
+        if args.max_prompt_tokens is not None or args.min_prompt_tokens > 1:
             tokens = len(encode(lm, record, max_length))
-            if tokens > args.max_prompt_tokens:
+            if not args.min_prompt_tokens <= tokens <= (args.max_prompt_tokens or tokens):
                 skipped.append({"task": name, "id": record.id, "prompt_tokens": tokens})
                 continue
         taken[name] += 1
@@ -242,6 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--limit", type=positive, metavar="N", help="questions of each task, drawn by --seed (default: all)"
+    )
+    data.add_argument(
+        "--min-prompt-tokens", type=positive, default=1, metavar="N", help="leave out shorter prompts, and name them"
     )
     data.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="leave out longer prompts, and name them")
     data.add_argument("--seed", type=int, default=0, help="of the draw and of the intervals (default: 0)")

@@ -74,10 +74,14 @@ def notes(results: Results, settings: dict[str, Any]) -> list[str]:
     wanted, got = results["answers_wanted"], results["answers"]
     if got < wanted:
         said.append(f"Not finished: {got:,} of {wanted:,} answers.")
+    least, most = results.get("min_prompt_tokens", 1), results.get("max_prompt_tokens")
     skipped = results.get("skipped", [])
-    if skipped:
-        named = ", ".join(f"{one['task']} {one['id']} ({one['prompt_tokens']:,})" for one in skipped)
-        said.append(f"Left out as longer than {results['max_prompt_tokens']:,} tokens: {named}.")
+    short = [one for one in skipped if one["prompt_tokens"] < least]
+    long = [one for one in skipped if one["prompt_tokens"] >= least]
+    for which, limit, left_out in (("shorter", least, short), ("longer", most, long)):
+        if left_out:
+            named = ", ".join(f"{one['task']} {one['id']} ({one['prompt_tokens']:,})" for one in left_out)
+            said.append(f"Left out as {which} than {limit:,} tokens: {named}.")
     if results["failed"]:
         named = ", ".join(f"{one['way']} {one['task']} {one['id']}" for one in results["failed"])
         said.append(f"Out of memory, without a score: {named}.")

@@ -182,15 +182,18 @@ def test_a_folder_of_another_run_is_refused(
     assert "holds an answer to another prompt of lcc" in capsys.readouterr().err
 
 
-def test_prompts_that_are_too_long_are_named(
+def test_prompts_that_are_too_long_or_too_short_are_named(
     longbench: ModuleType, tiny_model_dir: Path, questions: Path, tmp_path: Path
 ) -> None:
-    few = ("--tasks", "lcc", "--schedules", "full", "--max-prompt-tokens", "350")
+    few = ("--tasks", "lcc", "--schedules", "full", "--min-prompt-tokens", "350", "--max-prompt-tokens", "400")
     assert longbench.main(options(tiny_model_dir, questions, tmp_path, *few)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [one["id"] for one in results["skipped"]] and results["answers"] + len(results["skipped"]) == 3
-    for one in results["skipped"]:
-        assert one["prompt_tokens"] > 350 and f"lcc {one['id']} (" in (tmp_path / "table.md").read_text()
+    (answered,) = lines(tmp_path)
+    short, long = sorted(results["skipped"], key=lambda one: one["prompt_tokens"])
+    assert short["prompt_tokens"] < 350 <= answered["prompt_tokens"] <= 400 < long["prompt_tokens"]
+    table = (tmp_path / "table.md").read_text()
+    assert f"shorter than 350 tokens: lcc {short['id']} ({short['prompt_tokens']})." in table
+    assert f"longer than 400 tokens: lcc {long['id']} ({long['prompt_tokens']})." in table
 
 
 def test_the_official_protocol_cuts_and_says_so(
