@@ -66,12 +66,13 @@ def attention_rows(head_dim: int, major: int) -> int:
 def fused_step_fits(head_dim: int, element_size: int, major: int, scoring: str) -> bool:
     """Whether the compiler has registers enough for one kernel that does a whole step.
 
-    Not in float32, and where keys come by addresses only for head sizes that need no mask: with 96 on sm_80 it spills.
-    Neither on sm_100 where changes of the output are scored.
+    Not in float32, and where keys come by addresses only for head sizes that need no mask: with 96 on sm_80 it spills,
+    and with 256 where changes of the output are scored. Neither on sm_100 where those are.
     """
-    if element_size != 2 or (major == 10 and scoring == OUTPUT_CHANGE):
+    changes = scoring == OUTPUT_CHANGE
+    if element_size != 2 or (major == 10 and changes):
         return False
-    return major in COPYING_MAJORS or head_dim == power_of_two(head_dim)
+    return major in COPYING_MAJORS or (head_dim == power_of_two(head_dim) and not (changes and head_dim > 128))
 
 
 @dataclass(frozen=True, slots=True)
