@@ -37,11 +37,11 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 def options(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
     """Two questions and one of each planted kind, in five methods at two memories."""
     (tmp_path / "data").mkdir()
-    for name, ids in (("qasper.jsonl", "ab"), ("qasper.sample.jsonl", "cd")):
+    for name, ids in (("hotpotqa.jsonl", "ab"), ("hotpotqa.sample.jsonl", "cd")):
         records = [
             {
                 "_id": one, "input": f"What is {one}?", "context": f"It is {one}. " * 30, "answers": ["a text"],
-                "length": 100, "dataset": "qasper", "language": "en", "all_classes": None,
+                "length": 100, "dataset": "hotpotqa", "language": "en", "all_classes": None,
             }
             for one in ids
         ]  # fmt: skip
@@ -140,10 +140,10 @@ def test_other_data_and_other_settings_are_not_mixed(
     short = [*options, *NOTHING_PLANTED, "--methods", "full", "--records", "4"]
     assert load("fidelity").main(short) == 0
     assert load("fidelity").main([*short, "--observer", "window"]) == 2
-    path = tmp_path / "data" / "qasper.jsonl"
+    path = tmp_path / "data" / "hotpotqa.jsonl"
     path.write_text(path.read_text().replace("It is a.", "It is A."))
     assert load("fidelity").main(short) == 2
-    assert "holds an answer to another prompt of qasper a" in capsys.readouterr().err
+    assert "holds an answer to another prompt of hotpotqa a" in capsys.readouterr().err
 
 
 def test_append_only_evicts_nothing_that_it_kept_once(load: Load) -> None:

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def imports(name: str, path: Path, *, lazy: bool) -> set[str]:
     return {module for module in found if module.split(".")[0] == "imdc"}
 
 
+@cache
 def graph(*, lazy: bool = False) -> dict[str, set[str]]:
     known = sources()
     # The root is left out: it names the public functions and imports them on first use.

@@ -89,7 +89,7 @@ def test_figures_compare_the_documents_that_full_attention_read_too() -> None:
 def test_a_store_in_eight_bits_finds_the_same_facts(
     questions: ModuleType, data: ModuleType, smollm2: tuple[Any, Any], data_dir: Path
 ) -> None:
-    sizes = argparse.Namespace(data="haystacks", books=data_dir / "books", documents=1, prompt_tokens=2048)
+    sizes = argparse.Namespace(data="haystacks", books=data_dir / "books", documents=1, prompt_tokens=1024)
     (one,) = data.documents(sizes, smollm2[1])
     model, int8 = (questions.measure(*smollm2, one, way, 8, 512) for way in ("recall", "recall int8"))
     assert int8["scores"] == model["scores"] and sum(model["scores"]) >= 4
