@@ -15,8 +15,8 @@ types:
 	mkdir -p $(TREE)/imdc
 	ln -s $(CURDIR)/imdc/* $(TREE)/imdc/
 	ln -s $(CURDIR)/kernels $(TREE)/imdc/kernels
-	cd $(TREE) && mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p imdc
-	MYPYPATH=$(TREE):bench mypy --config-file pyproject.toml bench/*.py docs/*.py
+	cd $(TREE) && MYPYPATH=$(CURDIR)/bench:$(CURDIR)/docs mypy --config-file $(CURDIR)/pyproject.toml \
+	  --cache-dir $(CURDIR)/.mypy_cache -p imdc $(patsubst %.py,-m %,$(notdir $(wildcard bench/*.py docs/*.py)))
 
 test:
 	pytest
