@@ -66,25 +66,8 @@ class StepRun:
             self.row.keys[layer], self.row.values[layer], whole = self.reading.recall.take(
                 layer, q, k, v, keep=stored, scale=scale, softcap=softcap
             )
-        keys, values = self.tools.workspace.take(k, stored + k.shape[2])
-        for buffer, memories, states in ((keys, self.row.keys, k), (values, self.row.values, v)):
-            memory = memories[layer]
-            if memory is not None:
-                buffer[:, :, :stored] = memory
-            # The workspace has it now: two of it would raise the peak by a layer's memory.
-            memory = memories[layer] = None
-            buffer[:, :, stored:] = states
-        turned = keys
-        tables = self._rotary(layer, stored, keys) if self.row.compact else None
-        if tables is not None:
-            cos, sin = tables
-            if self.reading.rotated:
-                turned = keys.clone()
-                turned[:, :, stored:] = self.tools.backend.rotate(keys[:, :, stored:], cos[stored:], sin[stored:])
-                keys = turned
-            else:
-                turned = self.tools.backend.rotate(keys, cos, sin)
-            q = self.tools.backend.rotate(q, cos[stored:], sin[stored:])
+        keys, values = self._workspace(layer, k, v, stored)
+        q, keys, turned, tables = self._rotated(layer, q, keys, stored)
         candidates = stored + self.step.chunk_tokens
         if self._entropies is not None and window is None:
             # Before attention: its output is larger than what this takes for a moment, so it raises no peak.
@@ -114,8 +97,7 @@ class StepRun:
                 softcap=softcap,
                 kept_k=keys,
             )
-            self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
-            self._note_kept(layer, chosen, stored)
+            self._keep(layer, kept_k, kept_v, chosen, stored, tables)
             return out
         options = {"scale": scale, "softcap": softcap}
         if whole is not None:
@@ -138,14 +120,41 @@ class StepRun:
                 recent_tokens=config.recent_tokens,
             )
             kept_k, kept_v = self.tools.backend.compact(keys[:, :, :candidates], values[:, :, :candidates], chosen)
-            self._store(layer, self._moved(layer, kept_k, chosen, tables), kept_v)
-            self._note_kept(layer, chosen, stored)
+            self._keep(layer, kept_k, kept_v, chosen, stored, tables)
         else:
             kept = slice(0 if window is None else max(0, candidates - window + 1), candidates)
             places = torch.arange(kept.start, kept.stop, device=keys.device)
-            kept_k = self._moved(layer, keys[:, :, kept].clone(), places, tables)
-            self._store(layer, kept_k, values[:, :, kept].clone())
+            self.row.keys[layer] = self._moved(layer, keys[:, :, kept].clone(), places, tables)
+            self.row.values[layer] = values[:, :, kept].clone()
         return out
+
+    def _workspace(self, layer: int, k: Tensor, v: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of memory | chunk | tail rows in the buffer of all layers; the layer's memory goes."""
+        keys, values = self.tools.workspace.take(k, stored + k.shape[2])
+        for buffer, memories, states in ((keys, self.row.keys, k), (values, self.row.values, v)):
+            memory = memories[layer]
+            if memory is not None:
+                buffer[:, :, :stored] = memory
+            # The workspace has it now: two of it would raise the peak by a layer's memory.
+            memory = memories[layer] = None
+            buffer[:, :, stored:] = states
+        return keys, values
+
+    def _rotated(
+        self, layer: int, q: Tensor, keys: Tensor, stored: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tables | None]:
+        """Queries, keys to keep some of, keys to attend to, and the tables, where positions are compact."""
+        tables = self._rotary(layer, stored, keys) if self.row.compact else None
+        if tables is None:
+            return q, keys, keys, None
+        rotate, (cos, sin) = self.tools.backend.rotate, tables
+        if self.reading.rotated:
+            turned = keys.clone()
+            turned[:, :, stored:] = rotate(keys[:, :, stored:], cos[stored:], sin[stored:])
+            keys = turned
+        else:
+            turned = rotate(keys, cos, sin)
+        return rotate(q, cos[stored:], sin[stored:]), keys, turned, tables
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
@@ -160,9 +169,6 @@ class StepRun:
         # Tokens seen so far tell one compression of a row from the next.
         return moved(keys, (tables[0][places], tables[1][places]), new, seed=self.row.tokens)
 
-    def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self.row.keys[layer], self.row.values[layer] = keys, values
-
     def _show(self, recorder: Recorder, layer: int, q: Tensor, k: Tensor, **logits: Any) -> None:
         config, chunk = self.reading.config, self.step.chunk_tokens
         recorder.see(
@@ -176,7 +182,11 @@ class StepRun:
             **logits,
         )
 
-    def _note_kept(self, layer: int, chosen: Tensor, stored: int) -> None:
+    def _keep(
+        self, layer: int, keys: Tensor, values: Tensor, chosen: Tensor, stored: int, tables: Tables | None
+    ) -> None:
+        """The layer's memory is what was at the `chosen` places of the workspace, `stored` of which were memory."""
+        self.row.keys[layer], self.row.values[layer] = self._moved(layer, keys, chosen, tables), values
         if self.reading.recorder is not None:
             self.reading.recorder.keep(layer, chosen)
         if stored:
