@@ -92,11 +92,11 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
                 name = f"{case} {scoring} {pooling}"
                 kinds: dict[str, Any] = {"pooling": pooling, "scoring": scoring}
                 rules = Rules(rows=16, scored_keys=KEYS, **sized, **kinds, **logits)
+                sizes = StepSizes(*heads, QUERIES, KEYS, dim, 2, observers=16, scoring=scoring, **sized)
                 blocks = attention_config(q, k, k, target)
                 # Observers that fill more than one block of rows take separate launches.
-                if fused_step_fits(dim, 2, target.major, scoring) and rules.rows <= blocks.rows // group:
+                if fused_step_fits(sizes, target.major) and rules.rows <= blocks.rows // group:
                     yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
-                sizes = StepSizes(*heads, QUERIES, KEYS, dim, 2, observers=16, scoring=scoring, **sized)
                 blocks = compression_config(q, k, k, sizes, target)
                 yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):

@@ -43,8 +43,7 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 
 def one_launch_pays(q: Tensor, k: Tensor, sizes: StepSizes, config: Config, target: Target) -> bool:
     """Whether to take one launch, see `kernels/limits.py`. Only for tensors that load in whole vectors."""
-    fits = fused_step_fits(sizes.dim, sizes.element_size, target.major, sizes.scoring)
-    fed = target == INTERPRETER or (aligned(k) and fits)
+    fed = target == INTERPRETER or (aligned(k) and fused_step_fits(sizes, target.major))
     return fed and step_in_one_launch(sizes, config.rows, target.major, target.multiprocessors)
 
 

@@ -63,18 +63,6 @@ def attention_rows(head_dim: int, major: int) -> int:
     return 64 if head_dim > 128 and major not in COPYING_MAJORS else 128
 
 
-def fused_step_fits(head_dim: int, element_size: int, major: int, scoring: str) -> bool:
-    """Whether the compiler has registers enough for one kernel that does a whole step.
-
-    Not in float32, and where keys come by addresses only for head sizes that need no mask: with 96 on sm_80 it spills,
-    and with 256 where changes of the output are scored. Neither on sm_100 where those are.
-    """
-    changes = scoring == OUTPUT_CHANGE
-    if element_size != 2 or (major == 10 and changes):
-        return False
-    return major in COPYING_MAJORS or (head_dim == power_of_two(head_dim) and not (changes and head_dim > 128))
-
-
 @dataclass(frozen=True, slots=True)
 class StepSizes:
     """Sizes of one layer's step: rows of the batch, heads, queries, keys, head size, bytes per element, and so on.
@@ -124,6 +112,22 @@ class StepSizes:
     def moved(self) -> float:
         """Clocks in which one program moves the kept keys and values of a KV head, read and written."""
         return 4.0 * self.keep * self.dim * self.element_size / _MOVED_BYTES_PER_CLOCK
+
+
+def fused_step_fits(work: StepSizes, major: int) -> bool:
+    """Whether the compiler has registers enough for one kernel that does a whole step.
+
+    Not in float32, and not on sm_100 where changes of the output are scored. Where keys come by addresses only for head
+    sizes that need no mask (with 96 on sm_80 it spills), above 64 only for four query heads per KV head (of 1, 3, 4, 7
+    and 8 the one that does not spill), and above 128 not where changes are scored.
+    """
+    changes = work.scoring == OUTPUT_CHANGE
+    if work.element_size != 2 or (major == 10 and changes):
+        return False
+    if major in COPYING_MAJORS:
+        return True
+    large = work.dim > 64 and (work.group != 4 or (changes and work.dim > 128))
+    return work.dim == power_of_two(work.dim) and not large
 
 
 def step_in_one_launch(work: StepSizes, block_rows: int, major: int, multiprocessors: int) -> bool:

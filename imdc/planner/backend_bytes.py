@@ -93,7 +93,7 @@ def compression_bytes(work: Work, layers: Layers) -> int:
         )
         chip = (major, machine.multiprocessors)
         fed = major == 0 or (shape.dtype_bytes == 2 and shape.head_dim % 16 == 0)
-        fits = fed and (major == 0 or fused_step_fits(shape.head_dim, shape.dtype_bytes, major, sizes.scoring))
+        fits = fed and (major == 0 or fused_step_fits(sizes, major))
         fused = fits and work.backend == "triton" and work.config.observation_stride == 1
         if fused and step_in_one_launch(sizes, attention_rows(shape.head_dim, major), *chip):
             log_sums, ranked = 0, True
