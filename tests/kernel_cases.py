@@ -21,6 +21,8 @@ if not ON_DEVICE:
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# For the longest products of cases: the interpreter computes float16 and float32 alike, a device does not.
+FEW_DTYPES = DTYPES if ON_DEVICE else (torch.bfloat16, torch.float32)
 LEAST_REST = 1 / 32  # of the probability, which a key must leave to the others; see `kernels/limits.py`
 LOG2E = 1.4426950408889634
 HARDWARE_UNITS = 2.0 if ON_DEVICE else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
@@ -47,8 +46,7 @@ def test_a_saved_cache_answers_here_and_in_another_process(run: Run, tmp_path: P
     assert "tokens read" in run("save_and_ask.py", "read", "--cache", str(cache))
     assert "53124" in run("save_and_ask.py", "ask", "--cache", str(cache), "--question", "1")
     command = [sys.executable, str(EXAMPLES / "save_and_ask.py"), "ask", "--cache", str(cache), "--question", "2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "86017" in done.stdout, done.stderr
 
 
@@ -56,7 +54,7 @@ def test_a_chat_stays_within_its_budget(run: Run) -> None:
     said = run("chat.py")
     turns = re.findall(r"\[([\d,]+) tokens in the chat, ([\d,]+) KV pairs", said)
     tokens, stored = zip(*((int(one.replace(",", "")) for one in turn) for turn in turns), strict=True)
-    assert len(turns) == 3 and tokens[0] > 2_000 and list(tokens) == sorted(tokens)
+    assert len(turns) == 3 and tokens[0] > 3_000 and list(tokens) == sorted(tokens)
     # memory_tokens, and at most 32 of an answer
     assert max(stored) <= 512 + 32
     assert "53124" in said

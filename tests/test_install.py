@@ -17,7 +17,7 @@ import imdc
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A stand-in for Hugging Face's `kernels`: real enough for transformers to import with it.
+# A stand-in for Hugging Face's `kernels`: real enough for transformers to import its models with it.
 FAKE_KERNELS = """
 from unittest.mock import MagicMock
 
@@ -37,8 +37,13 @@ leave = sys.exit
 
 def report(status=None):
     import kernels
+    try:
+        from transformers import LlamaForCausalLM
+        found = LlamaForCausalLM.__name__
+    except ImportError as error:
+        found = type(error).__name__
     with open(os.environ["IMDC_TEST_REPORT"], "a") as file:
-        print(os.path.dirname(kernels.__file__), file=file)
+        print(f"kernels={os.path.dirname(kernels.__file__)} llama={found}", file=file)
     leave(status)
 
 sys.exit = report
@@ -77,7 +82,7 @@ def fake_kernels(tmp_path: Path) -> Path:
 
 
 def kernels_seen_by(command: list[str], site: Path) -> str:
-    """Run `command` in the repository root; the folder of the `kernels` that it saw."""
+    """Run `command` in the repository root; which `kernels` it saw, and whether Llama could be imported."""
     report = site / "report"
     environment = {**os.environ, "PYTHONPATH": str(site), "IMDC_TEST_REPORT": str(report), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -121,14 +126,14 @@ def test_ways_of_the_readme_see_hugging_faces_kernels(fake_kernels: Path) -> Non
     for way in ways:
         (fake_kernels / "report").unlink(missing_ok=True)
         seen = kernels_seen_by(way, fake_kernels)
-        assert seen == str(fake_kernels / "kernels"), way
+        assert seen == f"kernels={fake_kernels / 'kernels'} llama=LlamaForCausalLM", way
 
 
 @pytest.mark.slow
 def test_the_check_above_can_fail(fake_kernels: Path) -> None:
     # With the repository root on the path the wrong package is found: why the README names no `python -m pytest`.
     seen = kernels_seen_by([sys.executable, "-c", "import sys; sys.exit(0)"], fake_kernels)
-    assert seen == str(ROOT / "kernels")
+    assert seen.startswith(f"kernels={ROOT / 'kernels'} ")
 
 
 def test_readme_names_no_way_that_shadows() -> None:
