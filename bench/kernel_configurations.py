@@ -93,9 +93,8 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
                 kinds: dict[str, Any] = {"pooling": pooling, "scoring": scoring}
                 rules = Rules(rows=16, scored_keys=KEYS, **sized, **kinds, **logits)
                 sizes = StepSizes(*heads, QUERIES, KEYS, dim, 2, observers=16, scoring=scoring, **sized)
-                blocks = attention_config(q, k, k, target)
-                # Observers that fill more than one block of rows take separate launches.
-                if fused_step_fits(sizes, target.major) and rules.rows <= blocks.rows // group:
+                if fused_step_fits(sizes, target.major):
+                    blocks = attention_config(q, k, k, target)
                     yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
                 blocks = compression_config(q, k, k, sizes, target)
                 yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)

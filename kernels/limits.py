@@ -126,8 +126,8 @@ def fused_step_fits(work: StepSizes, major: int) -> bool:
         return False
     if major in COPYING_MAJORS:
         return True
-    large = work.dim > 64 and (work.group != 4 or (changes and work.dim > 128))
-    return work.dim == power_of_two(work.dim) and not large
+    spills = work.dim > 64 and (work.group != 4 or (changes and work.dim > 128))
+    return work.dim == power_of_two(work.dim) and not spills
 
 
 def step_in_one_launch(work: StepSizes, block_rows: int, major: int, multiprocessors: int) -> bool:
