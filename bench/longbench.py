@@ -257,8 +257,8 @@ def _parser() -> argparse.ArgumentParser:
         "--schedules",
         default="full,fm,im,imdc",
         metavar="LIST",
-        help="SCHEDULE[:OBSERVER][@MEMORY] with commas between them; full is the unpatched model (default: "
-        "full,fm,im,imdc)",
+        help="SCHEDULE[:OBSERVER][@MEMORY][+recall[EVERY]] with commas between them; full is the unpatched model "
+        "(default: full,fm,im,imdc)",
     )
     ways.add_argument(
         "--memory-tokens", default="2048", metavar="N", help="tokens, or a share of the prompt such as 1/8"

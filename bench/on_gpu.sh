@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a session with a GPU does first, in one command of at most nine minutes: check, then time.
+# Everything a session with a GPU does first, in one command of at most nine minutes: time, then test.
 #
 #     bash bench/on_gpu.sh [COMMIT]
 #

@@ -38,6 +38,7 @@ SUMMARY_TOKENS = 16
 # next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9. A higher
 # floor would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
+_BYTES_REMEDY = "give an int for bytes (on the command line a size such as 24GiB)"
 
 
 @with_presets
@@ -60,9 +61,10 @@ class PrefillConfig:
             included; left out, less where compact positions would not fit the model's window.
         chunk_tokens: mean number of prompt tokens per step, or "auto": the largest that `memory_limit` allows; left
             out, less where compact positions would not fit the model's window.
-        memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has.
+        memory_limit: only with chunk_tokens="auto"; an int is bytes, a float a share in (0, 1] of what the device has;
+            on the command line 24GiB or 0.5.
         observer: whose attention decides what is retained: "prompt_tail", "questions", "window", "all_queries",
-            "sink_recent", "key_diff", "random", or an object of a subclass of `imdc.Observer`.
+            "sink_recent", "key_diff", "random", or in Python an object of a subclass of `imdc.Observer`.
         observation_tokens: queries whose attention decides, for "prompt_tail" and "window" (the observation window).
         observation_stride: every how manyth of the deciding queries votes, counted back from the last; with
             "all_queries", 4 costs a quarter of the scoring and leaves the expected scores as they are.
@@ -72,8 +74,8 @@ class PrefillConfig:
         pool_kernel: odd width in keys of that pooling; 1 switches it off.
         sink_tokens: first tokens of the prompt (attention sinks), always retained.
         recent_tokens: latest tokens read, always retained.
-        layer_budget: how the layers share that memory, at the same total: "uniform", "pyramid" (less with depth, as in
-            PyramidKV) or, for "im" and "imdc", by what is measured while reading: "adaptive" (more for layers that
+        layer_budget: how the layers share `memory_tokens`, at the same total: "uniform", "pyramid" (less with depth, as
+            in PyramidKV) or, for "im" and "imdc", by what is measured while reading: "adaptive" (more for layers that
             retain more) or "entropy" (more for layers whose keys have a higher matrix entropy, after UNComp).
         positions: "original" keeps each key's rotary position, "compact" numbers the memory anew at every step (for
             texts beyond the trained window), "auto" is compact where prompt and answer pass the model's window.
@@ -87,9 +89,11 @@ class PrefillConfig:
             last `observation_tokens` of a prompt of `generate()`.
         recall_every: every how manyth token of an answer takes back anew what it needs by then; 0 leaves it with what
             its question took. Until `decode_tokens` compress the cache.
-        recall_limit: bytes for that at most; left out, what the system or the disk has available.
-        recall_dir: folder of that file, which goes with the cache; left out, the system's for temporary files.
-        recall_dtype: what is stored there, "model" (pairs in the model's dtype, as they are) or "int8" (about half of
+        recall_limit: bytes that recall stores at most, on the command line such as 24GiB; left out, what the system or
+            the disk has available.
+        recall_dir: folder of the file of recall="disk", which goes with the cache; left out, the system's for
+            temporary files.
+        recall_dtype: what recall stores, "model" (pairs in the model's dtype, as they are) or "int8" (about half of
             bfloat16, a quarter of float32), keys per channel and values per token, as KIVI quantises them.
 
     Raises:
@@ -172,7 +176,7 @@ class PrefillConfig:
         if start in STARTS:
             return
         if isinstance(start, float):
-            return check_share("initial_memory", start, "memory_tokens", "a number of tokens")
+            return check_share("initial_memory", start, "memory_tokens", "give an int for a number of tokens")
         if isinstance(start, str):
             raise ConfigError(
                 f"initial_memory must be {' or '.join(map(repr, STARTS))}, an int (tokens) or a float (a share), "
@@ -200,7 +204,7 @@ class PrefillConfig:
                     f"set chunk_tokens='auto' to fit the chunks into the limit, or leave memory_limit out"
                 )
         if isinstance(self.memory_limit, float):
-            check_share("memory_limit", self.memory_limit, "the device's memory", "bytes")
+            check_share("memory_limit", self.memory_limit, "the device's memory", _BYTES_REMEDY)
         elif self.memory_limit is not None:
             check_int("memory_limit", self.memory_limit, 1)
 

@@ -46,12 +46,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         )
 
 
-def check_share(name: str, value: float, of: str, unit: str) -> None:
-    """Raise `ConfigError` unless `value` is a share of `of`; whole numbers count `unit`."""
+def check_share(name: str, value: float, of: str, remedy: str) -> None:
+    """Raise `ConfigError` unless `value` is a share of `of`; `remedy` says how to give something else."""
     if not 0.0 < value <= 1.0:
-        raise ConfigError(
-            f"{name}={value} as a float is a share of {of} and must be above 0 and at most 1; give an int for {unit}"
-        )
+        raise ConfigError(f"{name}={value} as a float is a share of {of} and must be above 0 and at most 1; {remedy}")
 
 
 def check_int(name: str, value: object, least: int) -> None:

@@ -67,6 +67,28 @@ def test_options_take_counts_shares_and_bytes() -> None:
     )
 
 
+@pytest.mark.parametrize(("word", "value"), [("0.5", 0.5), ("0.5GiB", 2**29), ("26GB", 26 * 10**9)])
+def test_a_limit_is_a_share_or_a_size(word: str, value: object) -> None:
+    words = ["generate", "--model", "m", "--file", "f", "--chunk-tokens", "auto", "--memory-limit", word]
+    assert config_from(build_parser().parse_args(words)).memory_limit == value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--model", "m", "--file", "~/a"],
+        ["read", "--model", "m", "--file", "~/a", "--save", "~/a", "--recall-dir", "~/a"],
+        ["ask", "~/a", "--model", "m", "--question", "q"],
+        ["profile", "m", "--file", "~/a", "--snapshot", "~/a", "--plot", "~/a", "--html", "~/a"],
+    ],
+)
+def test_paths_may_begin_with_the_home_folder(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell leaves the ~ of --save=~/a as it is.
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = [value for value in vars(build_parser().parse_args(words)).values() if "/a" in str(value)]
+    assert given == ["/home/someone/a"] * words.count("~/a")
+
+
 @pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("0.5", 0.5), ("300", 300)])
 def test_the_first_memory_is_auto_a_share_or_tokens(word: str, value: object) -> None:
     args = build_parser().parse_args(["generate", "--model", "m", "--file", "f", "--initial-memory", word])

@@ -40,7 +40,10 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["generate", "--model", "m", "--file", "f", "--memory-tokens", "-5"], "'-5' is not understood"),
         (["generate", "--model", "m", "--file", "f", "--chunk-tokens", "0"], "must be greater than zero"),
         (["generate", "--model", "m", "--file", "f", "--memory-tokens", "8"], "sink_tokens + recent_tokens"),
-        (["generate", "--model", "m", "--file", "f", "--memory-limit", "12"], "memory_limit=12.0"),
+        (
+            ["generate", "--model", "m", "--file", "f", "--memory-limit", "12"],
+            "such as 24GiB, 512MiB or 80GB, or a share such as 0.5",
+        ),
         (["generate", "--model", "m", "--file", "f", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["demo", "--depth", "1.5"], "--depth must be within 0 and 1"),
         (["demo", "--prompt-tokens", "many"], "--prompt-tokens 'many' is not understood"),

@@ -21,6 +21,7 @@ from imdc.cli import main as cli
 from imdc.cli.eval import harness_arguments
 from imdc.cli.harness import ImdcLM, cut_middle
 from imdc.errors import ConfigError, UnsupportedCallError
+from imdc.model.loading import LoadError
 
 # Without the blank at its end, which the harness would move into the continuation.
 PROSE = ("It was a bright cold day in April, and the clocks were striking thirteen. " * 6).rstrip()
@@ -135,6 +136,18 @@ def test_the_harness_gets_its_arguments_and_our_model() -> None:
             harness_arguments(given)
 
 
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="cannot load a model from '.*none': "):
+        ImdcLM(str(tmp_path / "none"), device="cpu")
+
+
+def test_help_says_where_options_of_imdc_go(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["eval", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.index("go into --model_args") < shown.index("usage:")
+
+
 def test_imdc_eval_runs_a_multiple_choice_task(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,4 +180,4 @@ def test_imdc_eval_names_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["eval", "--tasks", "ruler"]) == 2
-    assert 'needs lm-evaluation-harness: pip install "imdc[bench]"' in capsys.readouterr().err
+    assert 'needs lm-evaluation-harness: pip install -e ".[bench]"' in capsys.readouterr().err

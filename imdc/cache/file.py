@@ -97,7 +97,8 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel, *, recall: 
     """The cache that `save_cache(cache, path)` wrote, on the devices of `model`.
 
     `generate(history + question, past_key_values=cache)` of the patched model goes on from it. A call appends to the
-    cache it is given, so load it again, or give each question its own `cache.copy()`.
+    cache it is given, so load it again, or give each question its own `cache.copy()`. Where the file has a document's
+    store, only `handle.ask()` goes on from it, which leaves the cache as it is.
 
     Args:
         path: a file of `save_cache`.

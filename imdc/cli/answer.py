@@ -1,4 +1,4 @@
-"""Reading a document and answering about it: what `imdc demo` and `imdc generate` share. No printing here."""
+"""Reading a document and answering about it, and files: what commands share. No printing here."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def read_document(path: str) -> str:
     """
     name = "standard input" if path == "-" else repr(path)
     try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {(error.strerror or str(error)).lower()}") from error
     try:
@@ -132,7 +132,7 @@ def check_writable(path: str | None) -> None:
     """
     if path is None:
         return
-    target = Path(path).expanduser().resolve()
+    target = Path(path).resolve()
     if not target.parent.is_dir():
         raise ConfigError(f"{path!r} cannot be written: its folder does not exist")
     if target.is_dir():
@@ -148,7 +148,7 @@ def write_text(path: str, text: str) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
 

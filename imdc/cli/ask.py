@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import time
+from os.path import expanduser
 from typing import Any
 
 from imdc.cli.answer import choose_device, quiet_transformers
+from imdc.cli.options import add_loading_options
 from imdc.config import RECALL_EVERY, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.units import format_bytes
@@ -21,9 +23,9 @@ def add_parser(subparsers: Any) -> None:
         help="answer questions about a document that `imdc read` saved",
         description="Answer questions about a document that `imdc read` saved, with the model that read it (greedy).",
     )
-    parser.add_argument("cache", metavar="FILE", help="what `imdc read --save` wrote")
+    parser.add_argument("cache", type=expanduser, metavar="FILE", help="what `imdc read --save` wrote")
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="the model that read the document")
-    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
+    add_loading_options(parser)
     parser.add_argument("--question", action="append", required=True, metavar="TEXT", help="may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     parser.add_argument(
@@ -38,8 +40,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"every Nth token of an answer takes back anew what it needs, 0: none does (default: {RECALL_EVERY})",
     )
-    parser.add_argument("--dtype", default="auto", help="that of the reading (default: auto)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 

@@ -28,6 +28,7 @@ class Frame:
     """What a tokenizer's chat template puts around a document and a question: the document's part, the question's.
 
     Attributes:
+        tokenizer: whose template it is.
         before: text before the document.
         after: text after the question.
         templated: whether there is a chat template, which writes the special tokens itself.

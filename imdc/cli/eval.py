@@ -9,7 +9,11 @@ from typing import Any
 
 from imdc.errors import ConfigError
 
-_INSTALL = 'pip install "imdc[bench]"'
+_INSTALL = 'pip install -e ".[bench]" in the repository of imdc'
+_HELP = """\
+imdc eval runs the model "imdc" of lm-evaluation-harness, whose help follows. Leave --model out; options of imdc, such
+as memory_tokens=2048, go into --model_args, beside pretrained=MODEL.
+"""
 _OTHERS = ("ls", "validate")
 
 
@@ -57,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval.__main__ import cli_evaluate
 
     importlib.import_module("imdc.cli.harness")
+    if {"-h", "--help"} & set(arguments):
+        print(_HELP)
     before = sys.argv
     sys.argv = ["imdc eval", *arguments]
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from os.path import expanduser
 from typing import Any
 
 from imdc.cli.answer import Reading, answer, choose_device, quiet_transformers, read_document
-from imdc.cli.options import add_config_options, config_from
+from imdc.cli.options import add_config_options, add_loading_options, config_from
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 
@@ -39,12 +40,12 @@ def add_parser(subparsers: Any) -> None:
         description="Read a text file in bounded memory and answer a question about it (greedy decoding).",
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder, a .gguf file or a hub id")
-    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
-    parser.add_argument("--file", required=True, metavar="FILE", help="the document, UTF-8 text; - is standard input")
+    add_loading_options(parser)
+    parser.add_argument(
+        "--file", required=True, type=expanduser, metavar="FILE", help="the document, UTF-8 text; - is standard input"
+    )
     parser.add_argument("--question", metavar="TEXT", help="asked after the document; without it the document is all")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument("--compare", choices=["full"], help="also run the unpatched model and show both")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_config_options(parser)

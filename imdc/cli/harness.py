@@ -19,7 +19,7 @@ from torch import Tensor
 import imdc
 from imdc.config import option_names, resolve_config
 from imdc.errors import ConfigError, UnsupportedCallError
-from imdc.model.loading import load_model
+from imdc.model.loading import LoadError, load_model
 from imdc.units import parse_tokens
 
 # The harness takes None for the model's own window and cuts prompts to it; imdc reads past the window.
@@ -69,14 +69,17 @@ class ImdcLM(HFLM):  # type: ignore[misc]
             device = options.pop("device", None)
             pretrained, tokenizer = load_model(pretrained, gguf_file=gguf_file, dtype=dtype, device=_device(device))
             options.setdefault("tokenizer", tokenizer)
-        super().__init__(
-            pretrained,
-            dtype=dtype,
-            max_length=_UNBOUNDED if max_length is None else int(max_length),
-            batch_size=batch_size,
-            backend="causal",
-            **options,
-        )
+        try:
+            super().__init__(
+                pretrained,
+                dtype=dtype,
+                max_length=_UNBOUNDED if max_length is None else int(max_length),
+                batch_size=batch_size,
+                backend="causal",
+                **options,
+            )
+        except OSError as error:
+            raise LoadError(f"cannot load a model from {pretrained!r}: {str(error).strip().splitlines()[0]}") from error
         self.handle = imdc.patch(self.model, config)
 
     def tok_batch_encode(

@@ -1,4 +1,4 @@
-"""Command line options that mirror PrefillConfig: names, choices, defaults and help texts all come from it."""
+"""Command line options that commands share; those that mirror PrefillConfig take name, choices and help from it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
+from os.path import expanduser
 from typing import Any
 
 from imdc.config import CHOICES, STARTS, PrefillConfig, resolve_config
@@ -14,6 +15,13 @@ from imdc.presets import preset_options
 from imdc.units import parse_bytes, parse_tokens
 
 _PREFIX = "config_"
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a model is loaded, besides its name: --gguf-file, --dtype and --device."""
+    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
 
 
 def add_config_options(
@@ -69,7 +77,9 @@ def _parser_of(field: Field[Any]) -> Callable[[str], Any]:
         return _guarded(_bytes_or_share)
     if field.name == "recall_limit":
         return _guarded(parse_bytes)
-    if field.name in CHOICES or field.name == "recall_dir":
+    if field.name == "recall_dir":
+        return expanduser
+    if field.name in CHOICES:
         return str
     if "float" in annotation:
         return _guarded(lambda text: text if text in STARTS else _share_or_tokens(text))
@@ -90,10 +100,13 @@ def _share_or_tokens(text: str) -> int | float:
 
 
 def _bytes_or_share(text: str) -> int | float:
-    try:
+    # "0.5" is a share, "0.5GiB" a size, and a bare "24" could mean anything.
+    if "." in text and text[-1:].isdigit():
         return float(text)
-    except ValueError:
+    try:
         return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or a share such as 0.5") from error
 
 
 def _guarded(parse: Callable[[str], Any]) -> Callable[[str], Any]:

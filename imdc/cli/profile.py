@@ -8,10 +8,11 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from os.path import expanduser
 from typing import TYPE_CHECKING, Any
 
 from imdc.cli.answer import check_writable, choose_device, quiet_transformers, read_document, write_text
-from imdc.cli.options import add_config_options, config_from
+from imdc.cli.options import add_config_options, add_loading_options, config_from
 from imdc.config import BALANCES, SCHEDULES, UNPATCHED, PrefillConfig, option_names
 from imdc.errors import ConfigError, did_you_mean
 from imdc.units import format_tokens, parse_tokens
@@ -79,22 +80,27 @@ def add_parser(subparsers: Any) -> None:
         "`imdc plan` predicts. Bytes are those above the weights.",
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file or a hub id")
-    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
+    add_loading_options(parser)
     parser.add_argument("--prompt-tokens", metavar="N", help="length of the prompt, such as 32768 or 128k")
-    parser.add_argument("--file", metavar="FILE", help="the prompt, UTF-8 text (default: CPython's help topics)")
+    parser.add_argument(
+        "--file", type=expanduser, metavar="FILE", help="the prompt, UTF-8 text (default: CPython's help topics)"
+    )
     parser.add_argument(
         "--compare",
         metavar="LIST",
         help=f"several in one run, such as fm,imdc; of {', '.join(SCHEDULES)} and {UNPATCHED}, the model's own prefill",
     )
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
-    parser.add_argument("--snapshot", metavar="FILE", help="write PyTorch's memory snapshot for its viewer (CUDA only)")
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw memory over the prompt, such as out.png (needs matplotlib)"
+        "--snapshot", type=expanduser, metavar="FILE", help="write PyTorch's memory snapshot for its viewer (CUDA only)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=expanduser,
+        metavar="FILE",
+        help="draw memory over the prompt, such as out.png (needs matplotlib)",
     )
     parser.add_argument("--probe", action="store_true", help="read once more and show what became of the memory")
-    parser.add_argument("--html", metavar="FILE", help="write a report page that needs no network")
+    parser.add_argument("--html", type=expanduser, metavar="FILE", help="write a report page that needs no network")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     # What is measured is a reading without a question, so nothing is taken back.
     add_config_options(parser, leave_out=[name for name in option_names() if name.startswith("recall")])
@@ -239,7 +245,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(summary_table(outcome.prefills))
     for name, result in outcome.probes.items():
         console.print(probe_table(name, result))
-        print(age_line(name, result))
+        if line := age_line(name, result):
+            print(line)
     for line in notes(outcome):
         print(line)
     return 0

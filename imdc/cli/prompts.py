@@ -1,4 +1,4 @@
-"""Long prompts with one planted fact: the needle, the prose around it and the question at the end."""
+"""Prompts in a model's chat template, and long ones with one planted fact: needle, prose and question."""
 
 from __future__ import annotations
 

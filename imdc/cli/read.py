@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import time
+from os.path import expanduser
 from typing import Any
 
 from imdc.cli.answer import check_writable, choose_device, quiet_transformers, read_document
-from imdc.cli.options import add_config_options, config_from
+from imdc.cli.options import add_config_options, add_loading_options, config_from
 from imdc.observers import find_observer
 from imdc.units import format_bytes, format_tokens
 
@@ -29,17 +30,17 @@ def add_parser(subparsers: Any) -> None:
         ),
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder, a .gguf file or a hub id")
-    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
-    parser.add_argument("--file", required=True, metavar="FILE", help="the document, UTF-8 text; - is standard input")
-    parser.add_argument("--save", required=True, metavar="FILE", help="where the cache goes")
+    add_loading_options(parser)
+    parser.add_argument(
+        "--file", required=True, type=expanduser, metavar="FILE", help="the document, UTF-8 text; - is standard input"
+    )
+    parser.add_argument("--save", required=True, type=expanduser, metavar="FILE", help="where the cache goes")
     parser.add_argument(
         "--question",
         action="append",
         metavar="TEXT",
         help="what will be asked, or the like of it; may be given several times (default: general questions)",
     )
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     # That is about answers: `imdc ask` has it.
     add_config_options(parser, DEFAULTS, leave_out=("recall_every",))

@@ -1,4 +1,4 @@
-"""Tables and progress bars of `imdc demo` and `imdc generate`."""
+"""Tables and progress bars of commands that read a document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from imdc.units import format_bytes, format_tokens
+from imdc.units import ends_of, format_bytes, format_tokens
 
 if TYPE_CHECKING:
     from imdc.cli.answer import Reading
@@ -53,13 +53,11 @@ def steps_table(report: PrefillReport, rows: int = 6) -> Table:
     table = Table(title="What was read and kept (KV pairs per layer and KV head)", title_justify="left")
     for heading in ("step", "chunk read", "memory before", "memory after", "stored", "seconds"):
         table.add_column(heading, justify="right")
-    steps = report.steps
-    head = rows // 2
-    for number, step in enumerate(steps):
-        if len(steps) > rows and head <= number < len(steps) - head:
-            if number == head:
-                table.add_row(*["..."] * 6)
+    for end in ends_of(report.steps, rows):
+        if end is None:
+            table.add_row(*["..."] * 6)
             continue
+        _, step = end
         table.add_row(
             f"{step.index + 1}/{step.step_count}",
             format_tokens(step.chunk_tokens),

@@ -120,7 +120,8 @@ def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
     if isinstance(limit, float):
         if device_bytes is None:
             raise ConfigError(
-                f"memory_limit={limit} is a share of the device, whose size is not known here; give it in bytes"
+                f"memory_limit={limit} is a share of the device, whose size is not known here; "
+                f"give an int for bytes (on the command line a size such as 24GiB)"
             )
         return round(limit * device_bytes)
     assert limit is not None, "PrefillConfig asks for a limit with 'auto'"

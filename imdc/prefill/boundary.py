@@ -133,12 +133,10 @@ class Boundary:
         if any(module.training for module in (parts.model, parts.decoder, *parts.decoder.layers)):
             raise UnsupportedCallError("the model is in training mode; call model.eval() before generating")
 
-    def checked(self, cache: Any) -> ImdcCache:
-        """`cache`, if it is one of this model."""
+    def checked(self, cache: Any, remedy: str = "pass the cache a patched generate() returned, or none") -> ImdcCache:
+        """`cache`, if it is one of this model; `remedy` says what to pass instead of what is no cache of imdc."""
         if not isinstance(cache, ImdcCache):
-            raise UnsupportedCallError(
-                f"{self._cache_name} is a {type(cache).__name__}; pass the cache a patched generate() returned, or none"
-            )
+            raise UnsupportedCallError(f"{self._cache_name} is a {type(cache).__name__}; {remedy}")
         if cache.owner() is not self._parts.model:  # type: ignore[operator]
             raise CacheMismatchError(f"{self._cache_name} belongs to another model; prefill this model's own cache")
         return cache

@@ -225,7 +225,8 @@ class PatchHandle:
         """
         self.check_active("ask")
         ids, mask = question_batch(input_ids, attention_mask)
-        request = question_request(self._engine, self._boundary.checked(cache), ids, mask, generate_options)
+        document = self._boundary.checked(cache, "pass that of handle.read(), or of imdc.load_cache()")
+        request = question_request(self._engine, document, ids, mask, generate_options)
         answer: Tensor = self._boundary.generate(**request)[:, ids.shape[1] :]
         return answer
 

@@ -1,10 +1,11 @@
 """While an answer is written, take its memory back anew: what it needs changes with every sentence.
 
-Every `recall_every` tokens each layer compares the token that is decoded with all keys in the store, as a question is
-(`imdc.prefill.recall`), and the pairs of the text that it or the question attends to most replace those that the cache
-held of it: a key's score is the higher of the two, and of the question's only those of the pairs that it took can
-matter. What was read and written since the text stays. Then the layer attends as ever. Only keys are read for the
-comparison, so a renewal moves about half of what a question does.
+Every `recall_every` tokens each layer compares the token that is decoded with the keys in the store, as a question is
+(`imdc.prefill.recall`); where the memory holds a quarter of the text or less, with the mean keys of blocks first and
+with the keys of the best blocks then. The pairs of the text that it or the question attends to most replace those that
+the cache held of it: a key's score is the higher of the two, and of the question's only those of the pairs that it took
+can matter. What was read and written since the text stays. Then the layer attends as ever. Values are read of the
+chosen pairs alone, so a renewal moves about half of what a question does, and with blocks far less.
 """
 
 from __future__ import annotations
