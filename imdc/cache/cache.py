@@ -182,7 +182,7 @@ class ImdcCache(hf.Cache):
         """Let forward calls know of the generate() call that is running.
 
         An assistant goes on drafting from its cache; any other call begins a turn, which is taken back where the call
-        ends before its first forward call.
+        ends before its tokens were read.
         """
         before = self.phase
         if self.is_empty or not turn.drafting:
@@ -193,7 +193,7 @@ class ImdcCache(hf.Cache):
             yield
         finally:
             self.turn = None
-            if not turn.reached:
+            if not turn.reached or self.phase == "prefill":
                 self.phase = before
             if not turn.drafting:
                 self._record_past(False)
@@ -213,13 +213,19 @@ class ImdcCache(hf.Cache):
             self._check_whole(removed)
         super().crop(tokens_to_remove)
         if removed > tail and self.rows is not None:
-            self.rows.tokens -= removed - tail
-            self.rows.position -= removed - tail
+            # Not in place: what was made in inference mode could not be written outside it.
+            self.rows.tokens = self.rows.tokens - (removed - tail)
+            self.rows.position = self.rows.position - (removed - tail)
             self.width -= removed - tail
             if self.width == 0:
                 self.reset()
 
     def _check_whole(self, removed: int) -> None:
+        if self.store is not None:
+            raise UnsupportedCallError(
+                f"crop({-removed}) would cut tokens of the document, which its store keeps; read the shorter one "
+                f"instead"
+            )
         layers = [layer for layer in self.layers if isinstance(layer, MemoryLayer)]
         if removed > self.get_seq_length() or any(layer.stored != layer.seen for layer in layers):
             raise UnsupportedCallError(

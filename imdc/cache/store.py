@@ -128,10 +128,12 @@ class HostStore:
         return room[layer][:, start : start + states.shape[1]], states
 
     def _room(self, size: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-        if self.folder is not None:
-            return _mapped(self.folder, size, dtype)
-        # Only what is pinned is copied while the device goes on.
-        return torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
+        # A tensor made in inference mode could not be written outside it, where a question may be asked.
+        with torch.inference_mode(False):
+            if self.folder is not None:
+                return _mapped(self.folder, size, dtype)
+            # Only what is pinned is copied while the device goes on.
+            return torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
 
     def _send(self, pieces: list[tuple[Tensor, Tensor]]) -> None:
         """Copy what `_piece` says, from a device in a stream of its own."""
@@ -180,7 +182,7 @@ class HostStore:
         # Whole rows of one head each, which is several times as fast as number by number.
         lines = room.view(-1, room.shape[3])
         states = lines.index_select(0, (places * heads + torch.arange(heads, device="cpu")).flatten())
-        states = states.view(*places.shape, -1)
+        states = states.view(*places.shape, room.shape[3])
         if not self.int8:
             return states.to(device), states.nbytes
         group, scales = self._scales(side, layer)

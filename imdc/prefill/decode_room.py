@@ -20,7 +20,8 @@ def compression_due(parts: Parts, config: PrefillConfig, cache: ImdcCache, count
     if rows is None or not tail:
         return False
     limit, window = config.decode_tokens, parts.trained_window
-    compact = cache.compact and not cache.drafting
+    # That question and answer of a branch fit was checked before, and no turn comes after them.
+    compact = cache.compact and not cache.drafting and not cache.is_branch
     if compact or (limit is not None and config.positions != "original" and parts.full_layers):
         room = answer_room(fitted(config, window), window)
         # With decode_tokens all rows of a batch are compressed at once, and none at another time than by itself.
