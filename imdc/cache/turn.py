@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imdc.report import PrefillReport
 
 
 @dataclass(slots=True)
@@ -16,7 +20,9 @@ class Turn:
             call, which transformers gives the whole text once more; None in others.
         new_tokens: tokens that will be generated at most; None where that is not known.
         asked: whether a document is read for questions: `new_tokens` are then those of one and its answer.
+        question: how many of those are the question's; None where that is not known.
         reached: whether a forward call came with the cache.
+        report: of what its forward calls have read, the handle's own may be that of a call in another thread.
     """
 
     assisted: bool = False
@@ -24,4 +30,6 @@ class Turn:
     columns: int | None = None
     new_tokens: int | None = None
     asked: bool = False
+    question: int | None = None
     reached: bool = False
+    report: PrefillReport | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from imdc.config import PrefillConfig
+from imdc.config import MEASURED_BUDGETS, PrefillConfig
 from imdc.model.backend_rule import KERNELS, Machine
 from imdc.planner.batch import Batch, Kept, row_activations, row_logits, tail_room
 from imdc.planner.footprint import StepFootprint, predict
@@ -28,10 +28,15 @@ def predict_question(
     shape, tokens, rows = kept.shape, batch.prompt_tokens, batch.question_tokens
     recalled = tokens if config.recall != "none" and kept.full < tokens else 0
     question = Batch(rows, seen_tokens=tokens, stored_tokens=kept.full, recalled_tokens=recalled)
-    step = Step(0, 0, rows, kept.full, kept.full + rows)
-    whole = replace(config, schedule="full", layer_budget="uniform")
+    # What is measured while reading is not known: the fullest layer stands for all there.
+    measured = config.layer_budget in MEASURED_BUDGETS
+    whole = replace(config, schedule="full", layer_budget="uniform" if measured else config.layer_budget)
+    memory = kept.fullest if measured else kept.full
+    step = Step(0, 0, rows, memory, memory + rows)
     backend, compact = chosen
     (read,) = predict(shape, whole, [step], backend=backend, compact=compact, batch=question, machine=machine)
+    if measured:
+        read = replace(read, memory=replace(kept, full=kept.full + rows).row_bytes)
     # Masks of all columns, int64: the caller's and that of generate(), and one of their positions.
     mask = 8 * (tokens + rows)
     # Places and scores of what the question took stay on the host, which may be the device too.

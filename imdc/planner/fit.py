@@ -47,10 +47,19 @@ def execution(
     return backend, compact_positions(batch.seen_tokens, read, written, shape.max_positions, config, shape.full_layers)
 
 
-def fit_chunk(shape: ModelShape, batch: Batch, config: PrefillConfig, limit: int, *, device: str = "cuda") -> int:
+def fit_chunk(
+    shape: ModelShape,
+    batch: Batch,
+    config: PrefillConfig,
+    limit: int,
+    *,
+    device: str = "cuda",
+    asked: bool = False,
+) -> int:
     """The largest mean chunk whose predicted peak, weights, other rows and answer included, is within `limit` bytes.
 
-    With compact positions memory and chunk also have to fit the model's window.
+    With compact positions memory and chunk also have to fit the model's window. Questions about a document (`asked`)
+    are not cut where pairs are taken back for them: their chunk is the longest of them.
 
     Raises:
         ConfigError: not even the smallest chunks fit; the message says what they need.
@@ -63,7 +72,11 @@ def fit_chunk(shape: ModelShape, batch: Batch, config: PrefillConfig, limit: int
     if execution(shape, batch, config, device)[1]:
         config = fitted(config, shape.max_positions)
         most = min(most, largest_chunk(config, shape.max_positions) or most)
-    if config.schedule == "full":
+    if asked:
+        least = least if config.recall == "none" else most
+        what = f"a question of {most} tokens" if batch.copies == 1 else f"questions of up to {most} tokens"
+        remedy = "ask a shorter one"
+    elif config.schedule == "full":
         what, remedy = "the whole prompt in memory", "take another schedule than 'full'"
     else:
         what, remedy = f"memory_tokens={config.memory_tokens} and the smallest chunks", "lower memory_tokens"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
-from imdc.layer_budgets import shares_in_words
+from imdc.layer_budgets import planned_layers, shares_in_words
 from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
@@ -94,13 +94,17 @@ class Plan:
     @property
     def question_moved_bytes(self) -> int:
         """Bytes that the question reads of the store; 0 without recall."""
-        stored = self.steps[-1].memory_after
-        return moved_bytes(self.shape, self.config, self.batch, stored, self.compact)
+        return moved_bytes(self.shape, self.config, self.batch, self._stored, self.compact)
 
     @property
     def renewal_moved_bytes(self) -> int:
         """Bytes that its answer reads of the store each time when it takes its pairs back anew; 0 where it does not."""
-        return renewal_moved_bytes(self.shape, self.config, self.batch, self.steps[-1].memory_after)
+        return renewal_moved_bytes(self.shape, self.config, self.batch, self._stored)
+
+    @property
+    def _stored(self) -> tuple[int, ...]:
+        """KV pairs that each compressed layer holds at the end."""
+        return planned_layers(self.config, self.shape.full_layers, [one.step for one in self.steps])[-1]
 
     def least_seconds(self, gpu: Gpu) -> float:
         """Time on `gpu` below which the prefill cannot be: every step's arithmetic or traffic at the peak rates."""

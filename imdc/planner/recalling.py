@@ -11,6 +11,7 @@ A store in eight bits has scales besides (`imdc.cache.int8`); what is read of it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import takewhile
 
 from imdc.config import INT8_GROUP, SUMMARY_TOKENS, PrefillConfig
@@ -191,31 +192,36 @@ def _grouped(work: Work) -> tuple[int, int, int]:
     return waiting, found - left, left
 
 
-def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_tokens: int, compact: bool) -> int:
-    """Bytes that the question of `batch` reads of a store, for a memory of `stored_tokens` per layer.
+def moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored: Sequence[int], compact: bool) -> int:
+    """Bytes that the question of `batch` reads of a store, for layers that have kept `stored` tokens each.
 
     All keys, all values where it attends to the whole text, the keys whose logits are not kept, and its pairs.
     """
     tokens, rows = batch.prompt_tokens, batch.question_tokens
-    if config.recall == "none" or not rows or stored_tokens >= tokens:
+    if config.recall == "none" or not rows:
         return 0
     found = _compared_bytes(shape, config, rows, tokens)
     if recalls_whole(shape.max_positions, rows, tokens, compact):
         found += _side_bytes(shape, config, tokens)[1]
-    return shape.full_layers * (found + _gathered_bytes(shape, config, tokens, stored_tokens))
+    return sum(found + _gathered_bytes(shape, config, tokens, kept) for kept in stored if kept < tokens)
 
 
-def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored_tokens: int) -> int:
+def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, stored: Sequence[int]) -> int:
     """Bytes that an answer reads of a store each time when it takes its pairs back anew: keys, and those pairs."""
-    if config.recall == "none" or not config.recall_every or stored_tokens >= batch.prompt_tokens:
-        return 0
     tokens = batch.prompt_tokens
-    if blocks := compared_blocks(stored_tokens, tokens):
-        keys = _gathered_key_bytes(shape, config, tokens, blocks * SUMMARY_TOKENS)
-        compared = _mean_key_bytes(shape, summaries(tokens)) + keys
-    else:
-        compared = _compared_bytes(shape, config, 1, tokens)
-    return shape.full_layers * (compared + _gathered_bytes(shape, config, tokens, stored_tokens))
+    if config.recall == "none" or not config.recall_every:
+        return 0
+    found = 0
+    for kept in stored:
+        if kept >= tokens:
+            continue
+        if compared := compared_blocks(kept, tokens):
+            keys = _gathered_key_bytes(shape, config, tokens, compared * SUMMARY_TOKENS)
+            found += _mean_key_bytes(shape, summaries(tokens)) + keys
+        else:
+            found += _compared_bytes(shape, config, 1, tokens)
+        found += _gathered_bytes(shape, config, tokens, kept)
+    return found
 
 
 def _compared_bytes(shape: ModelShape, config: PrefillConfig, rows: int, tokens: int) -> int:

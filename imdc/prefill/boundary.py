@@ -24,7 +24,7 @@ from imdc.prefill.companions import check_guidance, warn_of_assistant
 from imdc.prefill.decode import decode_inputs
 from imdc.prefill.decode_room import check_decoding, compression_due
 from imdc.prefill.engine import Engine
-from imdc.prefill.history import check_history, check_text
+from imdc.prefill.history import check_history, check_mask_shape, check_text
 from imdc.prefill.hook import decode_masks, decoding
 from imdc.prefill.recall import Recall
 from imdc.prefill.recalled_prompt import check_recalling, read_text
@@ -82,6 +82,9 @@ class Boundary:
         check_guidance(self._engine, request)
         check_recalling(self._engine, request)
         cache = self.new_cache() if request.cache is None else self.checked(request.cache)
+        mask, ids = request.arguments.get("attention_mask"), request.input_ids
+        if cache.is_empty and mask is not None and ids is not None:
+            check_mask_shape(mask, (ids.shape[0], ids.shape[-1]), 0)
         warn_of_assistant(self._engine, request, self._is_patched)
         text = read_text(self._engine, cache, request) if self._recalls and request.cache is None else None
         cache = cache if text is None else text[0]
@@ -97,8 +100,8 @@ class Boundary:
                     "imdc and is dropped; call remove() of the handle for such a call, or report it with the "
                     "version of transformers"
                 )
-        if text is not None and self.report is not None:
-            self.report = text[1].followed_by(self.report)
+        if text is not None and turn.report is not None:
+            self.report = text[1].followed_by(turn.report)
         return result
 
     def new_cache(self) -> ImdcCache:
@@ -170,6 +173,8 @@ class Boundary:
         check_text(cache, named, decodes=decodes)
         if not decodes:
             output, self.report = self._read(self._engine, cache, named)
+            if turn is not None:
+                turn.report = self.report
             return output
         if compression_due(self._parts, self._config, cache, named["input_ids"].shape[1]):
             # Only the first new token joins the compression: it is already accepted. The other candidates are decoded
@@ -261,8 +266,11 @@ class Boundary:
             renewal = self._renewal(cache)
             with decoding(decode_masks(self._parts, cache), renewal):
                 output = self._own_forward(**inputs, **{self._cache_name: cache})
-        if renewal is not None and self.report is not None:
-            self.report = self.report.renewed(renewal.recall.moved_bytes, renewal.recall.seconds)
+        report = self.report if cache.turn is None else cache.turn.report
+        if renewal is not None and report is not None:
+            self.report = report.renewed(renewal.recall.moved_bytes, renewal.recall.seconds)
+            if cache.turn is not None:
+                cache.turn.report = self.report
         return output
 
     def _renewal(self, cache: ImdcCache) -> Renewal | None:

@@ -87,7 +87,9 @@ class Engine:
         began = time.perf_counter()
         prompts = self._prompts(cache, input_ids, attention_mask)
         wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
-        order, unique = _distinct(prompts) if cache.is_empty else (list(range(len(prompts))), list(range(len(prompts))))
+        # Rows of a branch that was not asked yet hold the same document.
+        alike = cache.is_empty or (cache.is_branch and not cache.asked and not self.compresses)
+        order, unique = _distinct(prompts) if alike else (list(range(len(prompts))), list(range(len(prompts))))
         anew, cache.anew = cache.anew, {}
         device = self.parts.device()
         backend, _ = self.backend()
@@ -117,7 +119,9 @@ class Engine:
                 break
             except torch.OutOfMemoryError:
                 mean = chunk or int(config.chunk_tokens)
-                if min(mean, batch.prompt_tokens) <= least_chunk(batch):
+                # Pairs are taken back for a question as a whole.
+                whole_question = cache.is_branch and cache.store is not None
+                if whole_question or min(mean, batch.prompt_tokens) <= least_chunk(batch):
                     raise
             # The frames that the error held are gone, and with them their tensors.
             del reader
@@ -212,14 +216,17 @@ class Engine:
     def _batch(self, cache: ImdcCache, texts: list[Tensor], rows: int, copies: int) -> Batch:
         """What is read, as the planner wants it; inside `generate()` at least one token follows."""
         seen = 0 if cache.rows is None else int(cache.rows.tokens.max()) + cache.tail
-        new_tokens, asked = max(1, cache.expected_new_tokens or 0), cache.turn is not None and cache.turn.asked
+        new_tokens, question = max(1, cache.expected_new_tokens or 0), 0
+        if cache.turn is not None and cache.turn.asked:
+            # The longest question takes more than a short one with a long answer.
+            question = new_tokens if cache.turn.question is None else cache.turn.question
+            new_tokens = max(1, new_tokens - question)
         return Batch(
             prompt_tokens=max(text.numel() for text in texts),
             rows=rows,
             cache_rows=copies,
-            # The longest question takes more than a short one with a long answer.
-            new_tokens=1 if asked else new_tokens,
-            question_tokens=new_tokens if asked else 0,
+            new_tokens=new_tokens,
+            question_tokens=question,
             seen_tokens=seen,
             stored_tokens=cache.stored_tokens(),
             stored_bytes=cache.held_bytes(),
@@ -232,14 +239,14 @@ class Engine:
         if cache.phase == "decode":
             # The prefill left room for compressing again, and a generation is not refused half way.
             return batch.prompt_tokens
-        return self._fitting_chunk(batch, backend, device)
+        return self._fitting_chunk(batch, backend, device, asked=cache.is_branch)
 
-    def _fitting_chunk(self, batch: Batch, backend: Backend, device: torch.device) -> int:
+    def _fitting_chunk(self, batch: Batch, backend: Backend, device: torch.device, *, asked: bool = False) -> int:
         shape = ModelShape.from_model(self.parts.model)
         free = free_bytes(device) if isinstance(self.config.memory_limit, float) else None
         limit = limit_bytes(self.config, None if free is None else free + shape.weights + batch.stored_bytes)
         config = replace(self.config, backend=backend.name)
-        return fit_chunk(shape, batch, config, limit, device=device.type)
+        return fit_chunk(shape, batch, config, limit, device=device.type, asked=asked)
 
     def _smaller_chunk(self, chunk: int, batch: Batch, backend: Backend, device: torch.device) -> int:
         """The mean chunk to begin again with after running out of memory."""

@@ -30,11 +30,23 @@ from imdc.report import PrefillReport
 
 
 def read_document(
-    engine: Engine, cache: ImdcCache, input_ids: Tensor, room: int, attention_mask: Tensor | None = None
+    engine: Engine,
+    cache: ImdcCache,
+    input_ids: Tensor,
+    room: int,
+    attention_mask: Tensor | None = None,
+    *,
+    question: int | None = None,
 ) -> PrefillReport:
     """Read `input_ids` int64 [1, N] into the empty `cache`; see `imdc.prefill.patch.PatchHandle.read`.
 
-    `attention_mask` [1, N] has zeros where there is padding.
+    Args:
+        engine: with the options of the reading.
+        cache: empty.
+        input_ids: the document.
+        room: tokens of a question and its answer.
+        attention_mask: [1, N], zeros where there is padding.
+        question: how many of `room` are the question's; None where that is not known.
 
     Raises:
         UnsupportedCallError: several documents, or none.
@@ -49,7 +61,7 @@ def read_document(
         raise UnsupportedCallError(f"room={room!r} must be an int of at least 1: tokens of a question and its answer")
     available, tokens = free_bytes(torch.device("cpu")), int(real_tokens(input_ids, attention_mask).sum())
     cache.store = text_store(engine.parts, engine.config, tokens, available)
-    with cache.during(Turn(new_tokens=room, asked=True)):
+    with cache.during(Turn(new_tokens=room, asked=True, question=question)):
         _, report = engine.prefill(cache, input_ids, attention_mask)
     cache.phase = "decode"
     return report
@@ -144,7 +156,7 @@ def question_request(
             f"the cache as read() or load_cache() returned it"
         )
     request = GenerateRequest.of(engine.parts.model, (ids,), {**options, "attention_mask": mask})
-    check_window(engine, cache, ids.shape[1], request.new_tokens)
+    check_question(engine, cache, ids.shape[1], request.new_tokens)
     seen = mask.new_ones(ids.shape[0], cache.get_seq_length())
     # A text that generate() has read may have had padding.
     seen[:, : seen.shape[1] - int(cache.rows.tokens[0]) - cache.tail] = 0
@@ -159,17 +171,33 @@ def question_request(
     }
 
 
-def check_window(engine: Engine, cache: ImdcCache, question: int, answer: int) -> None:
-    """Refuse positions of a question and its answer, in tokens, that the model was not trained for.
+def check_question(engine: Engine, cache: ImdcCache, question: int, answer: int) -> None:
+    """Refuse a question about what `cache` has read that would leave the window; see `check_window`."""
+    rows = cache.rows
+    assert rows is not None, "checked before"
+    check_window(engine, int(rows.position[0]) + cache.tail, bool(rows.compact.any()), question, answer)
+
+
+def check_window(engine: Engine, read: int, compact: bool, question: int, answer: int) -> None:
+    """Refuse positions of a question and its answer that the model was not trained for.
 
     Nothing can make room for them: the document is not at hand to be read anew, and dropping a part of its memory for
     a question would make the answer depend on the question's length.
+
+    Args:
+        engine: with the options of the call.
+        read: positions that the document takes.
+        compact: whether they are numbered anew.
+        question: its tokens.
+        answer: tokens of the answer at most.
+
+    Raises:
+        UnsupportedCallError: the last position lies beyond the window.
     """
-    parts, rows = engine.parts, cache.rows
-    assert rows is not None, "checked before"
-    if not parts.full_layers or (engine.config.positions == "original" and not bool(rows.compact.any())):
+    parts = engine.parts
+    if not parts.full_layers or (engine.config.positions == "original" and not compact):
         return
-    end = int(rows.position[0]) + cache.tail + question + max(0, answer - 1)
+    end = read + question + max(0, answer - 1)
     if end > parts.trained_window:
         raise UnsupportedCallError(
             f"question and answer reach position {end}, the model was trained for {parts.trained_window}; lower "

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from imdc.cache.branch import branch
 from imdc.cache.cache import ImdcCache
+from imdc.config import MEASURED_BUDGETS
 from imdc.errors import UnsupportedCallError
 from imdc.observers import find_observer
 from imdc.prefill.engine import Engine
 from imdc.prefill.logits import real_tokens
-from imdc.prefill.questions import check_window, read_document, with_questions
+from imdc.prefill.questions import check_question, check_window, read_document, with_questions
 from imdc.prefill.requests import GenerateRequest
 from imdc.report import PrefillReport
 
@@ -57,9 +60,10 @@ def read_text(engine: Engine, cache: ImdcCache, request: GenerateRequest) -> tup
         UnsupportedCallError: prompt and answer leave the model's window.
         ConfigError: the text's store finds no room.
     """
-    ids, mask, config = request.input_ids, request.arguments.get("attention_mask"), engine.config
+    ids, config = request.input_ids, engine.config
     if ids is None:
         return None
+    mask = _mask(request, ids)
     real = real_tokens(ids, mask)[0]
     columns = real.nonzero()[:, 0]
     chunk = config.chunk_tokens if isinstance(config.chunk_tokens, int) else config.observation_tokens
@@ -71,12 +75,34 @@ def read_text(engine: Engine, cache: ImdcCache, request: GenerateRequest) -> tup
     # Questions of the user's own stay who decides.
     known = [ids[:, first:][:, real[first:]]] if observer.rides_along and not observer.questions else None
     reading = replace(engine, config=with_questions(config, known))
+    room = asked + max(1, request.new_tokens)
+    planned = reading.planner(new_tokens=room).fresh(ids[0, :first][real[:first]])
+    if planned.row.compact and planned.layers[-1]:
+        measured = config.layer_budget in MEASURED_BUDGETS
+        fullest = planned.steps[-1].memory_after if measured else max(planned.layers[-1])
+        check_window(engine, fullest, True, asked, request.new_tokens)
     report = read_document(
         reading,
         cache,
         ids[:, :first],
-        asked + max(1, request.new_tokens),
+        room,
         None if mask is None else mask[:, :first],
+        question=asked,
     )
-    check_window(engine, cache, asked, request.new_tokens)
+    # Who the user asked to decide, whatever that came to.
+    sized = replace(report.config, observer=config.observer, observation_tokens=config.observation_tokens)
+    report = replace(report, config=sized)
+    # What a measured layer budget gave the fullest layer is not known before.
+    check_question(engine, cache, asked, request.new_tokens)
     return branch(cache, request.copies), report
+
+
+def _mask(request: GenerateRequest, ids: Tensor) -> Tensor | None:
+    """The mask of a prompt: the caller's, or where padding tells of itself what generate() is going to make of it."""
+    mask: Tensor | None = request.arguments.get("attention_mask")
+    if mask is not None:
+        return mask
+    pad, ends = request.asked("pad_token_id"), request.asked("eos_token_id")
+    if pad is None or pad in (ends if isinstance(ends, list) else [ends]) or not bool((ids == pad).any()):
+        return None
+    return (ids != pad).long()
