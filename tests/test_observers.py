@@ -258,3 +258,29 @@ def test_an_observer_without_queries_cannot_ask_for_mass() -> None:
         pytest.raises(imdc.errors.ConfigError, match="AttentionObserver"),
     ):
         model(torch.randint(3, 128, (1, 300)), past_key_values=handle.new_cache(), logits_to_keep=1)
+
+
+@pytest.mark.parametrize("riding", [False, True], ids=["alone", "with questions"])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda heads, keys: torch.zeros(1, heads, keys - 5), r"scores of shape \(1, 2, .*for each KV head"),
+        (lambda heads, keys: torch.zeros(1, heads, keys + 5), "scores of shape"),
+        (lambda heads, keys: torch.zeros(1, 2 * heads, keys), r"scores of shape \(1, 4"),
+        (lambda heads, keys: torch.full((1, heads, keys), torch.nan), "scores that are NaN"),
+    ],
+)
+def test_scores_that_are_none_are_named(scores: Any, message: str, riding: bool) -> None:
+    class Own(Observer):
+        name, rides_along = "own", riding
+        questions = ((5, 6), (7, 8)) if riding else ()
+
+        def score(self, seen: Observation) -> torch.Tensor:
+            found: torch.Tensor = scores(seen.k.shape[1], seen.scored_keys)
+            return found
+
+    model, ids = FAMILIES["llama"](), torch.randint(3, 128, (1, 100))
+    options: dict[str, Any] = {"memory_tokens": 20, "chunk_tokens": 16, "sink_tokens": 2, "recent_tokens": 4}
+    named = pytest.raises(imdc.errors.ConfigError, match=f"observer='own' gives {message}")
+    with imdc.patch(model, observer=Own(), **options), named:
+        model.generate(ids, max_new_tokens=2, pad_token_id=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,25 @@ def test_a_cache_of_another_model_is_refused_with_the_difference(saved: Path, ot
     with pytest.raises(CacheMismatchError, match="filled by another model") as refusal:
         imdc.load_cache(saved, other())  # type: ignore[operator]
     assert named in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("llama", "rms_norm_eps", 0.1),
+        ("smollm3", "no_rope_layers", [0, 1, 0]),
+        ("granite", "attention_multiplier", 0.9),
+        ("gemma2", "attn_logit_softcapping", 1.0),
+        ("mixtral", "num_experts_per_tok", 1),
+    ],
+)
+def test_the_same_weights_under_another_config_are_refused(
+    family: str, name: str, value: object, tmp_path: Path
+) -> None:
+    model = build(family)
+    imdc.save_cache(read(model, prompt(90))[1], tmp_path / "cache")
+    with pytest.raises(CacheMismatchError, match=f"{name} is .* in the file, {re.escape(repr(value))} here"):
+        imdc.load_cache(tmp_path / "cache", build(family, **{name: value}))
 
 
 def test_a_fine_tune_that_changed_one_matrix_is_refused(saved: Path) -> None:

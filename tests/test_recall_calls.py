@@ -137,3 +137,20 @@ def test_a_report_names_the_observer_that_was_asked_for() -> None:
         model.generate(text(200), **GREEDY)
         assert handle.report is not None and str(handle.report.config.observer) == "prompt_tail"
         assert handle.report.config.observation_tokens == 8
+
+
+def test_recall_over_a_cache_without_a_store_is_refused() -> None:
+    model, ids = build("llama"), text(350)
+    with imdc.patch(model, **{**RECALL, "recall": "none"}) as handle:
+        plain = handle.read(ids[:, :200])
+    with imdc.patch(model, **RECALL) as handle:
+        with pytest.raises(UnsupportedCallError, match="a cache whose text has no store"):
+            model.generate(ids, past_key_values=plain, **GREEDY)
+        # It is still there to be asked, by what it holds.
+        assert handle.ask(plain, text(6, 2), **GREEDY).shape == (1, 6)
+        short = model.generate(ids[:, :1], **GREEDY, return_dict_in_generate=True)
+        longer = torch.cat((short.sequences, ids), dim=1)
+        with pytest.raises(UnsupportedCallError, match="pass the whole conversation as input_ids and no cache"):
+            model.generate(longer, past_key_values=short.past_key_values, **GREEDY)
+        model.generate(longer, **GREEDY)
+        assert handle.report is not None and handle.report.host_bytes > 0

@@ -29,6 +29,23 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
+# Fields of configs that say how keys and values are computed, as far as a model has them.
+_COMPUTING = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "hidden_act",
+    "hidden_activation",
+    "no_rope_layers",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "rms_norm_eps",
+)
+
+
 def facts(parts: Parts) -> dict[str, Any]:
     """What two models must share so that one can use the other's cache, in the types that JSON gives back."""
     config = parts.config
@@ -46,6 +63,7 @@ def facts(parts: Parts) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "sliding_windows": parts.windows,
         "rope_parameters": getattr(config, "rope_parameters", None),
+        **{name: getattr(config, name) for name in _COMPUTING if hasattr(config, name)},
     }
     result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return result
@@ -105,7 +123,10 @@ def compare(path: Path, state: dict[str, Any], parts: Parts) -> None:
     Raises:
         CacheMismatchError: with every difference.
     """
-    differences = _entries_that_differ(state["model"], facts(parts))
+    here = facts(parts)
+    # Files that are older know nothing of these.
+    known = {name: value for name, value in here.items() if name in state["model"] or name not in _COMPUTING}
+    differences = _entries_that_differ(state["model"], known)
     if not differences:
         differences = _weights_that_differ(path, state["weights"], weight_samples(parts.model))
         differences += _adapters_that_differ(state["adapters"], adapter_settings(parts.model))

@@ -9,6 +9,7 @@ from torch import Tensor
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.kernels.limits import OUTPUT_CHANGE
+from imdc.observers import Observer
 from imdc.prefill.backends import Backend
 from imdc.schedule import observing_rows
 
@@ -97,3 +98,23 @@ class Observation:
             pooling=self.config.pooling,
             **values,
         )
+
+
+def scored(observer: Observer, seen: Observation) -> Tensor:
+    """What `observer` gives the candidates, float32 [1, Hkv, scored_keys].
+
+    Raises:
+        ConfigError: an observer of the user's own gives scores of another shape, or no numbers.
+    """
+    scores = observer.score(seen)
+    if observer.is_plain:
+        return scores
+    wanted = (1, seen.k.shape[1], seen.scored_keys)
+    if tuple(scores.shape) != wanted:
+        raise ConfigError(
+            f"observer={str(observer)!r} gives scores of shape {tuple(scores.shape)}; return one for each KV head and "
+            f"candidate, {wanted}"
+        )
+    if bool(scores.isnan().any()):
+        raise ConfigError(f"observer={str(observer)!r} gives scores that are NaN; return -inf for what is to go first")
+    return scores

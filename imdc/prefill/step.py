@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from imdc.layer_budgets import share_out
 from imdc.prefill.key_entropy import key_entropy
-from imdc.prefill.observation import Observation
+from imdc.prefill.observation import Observation, scored
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import Recorder
 from imdc.prefill.renumber import Tables, moved
@@ -108,7 +108,7 @@ class StepRun:
             out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
             rows = self.step.chunk_tokens, self.tail_rows
             seen = self._observation(layer, q, turned, values, out, lse, *rows, options)
-            scores = self.tools.observer.score(seen) if drops else None
+            scores = scored(self.tools.observer, seen) if drops else None
             del lse, seen
         # Rotated copies have served, and a step's peak may lie in what follows.
         del q, turned
@@ -236,7 +236,7 @@ class StepRun:
             outputs.append(out)
             if drops:
                 seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], out, lse, 0, rows, options)
-                found = self.tools.observer.score(seen)
+                found = scored(self.tools.observer, seen)
                 scores = found if scores is None else torch.maximum(scores, found)
             first += rows
         return torch.cat(outputs, dim=2), scores

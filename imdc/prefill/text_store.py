@@ -22,11 +22,17 @@ def check_recall(config: PrefillConfig, cache: ImdcCache, tokens: int) -> None:
     """Refuse turns of so many `tokens` that would leave a text and its store apart.
 
     Raises:
-        UnsupportedCallError: a prompt of forward() with recall, or another turn over a text that has a store.
+        UnsupportedCallError: a prompt of forward() with recall, another turn over a text that has a store, or with
+            recall over one that has none.
     """
     if cache.is_empty and config.recall != "none" and cache.store is None and tokens > 1:
         raise UnsupportedCallError(
             f"recall={config.recall!r} is for generate(), handle.read() and handle.ask(); leave it out for forward()"
+        )
+    if config.recall != "none" and not cache.is_empty and cache.store is None and not cache.is_branch and tokens > 1:
+        raise UnsupportedCallError(
+            f"recall={config.recall!r} with a cache whose text has no store, so nothing could be taken back; pass the "
+            f"whole conversation as input_ids and no cache, or leave recall out"
         )
     if cache.store is not None and not cache.is_empty and not cache.is_branch:
         raise UnsupportedCallError(
