@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from imdc.config import PrefillConfig
+from imdc.model.families import FAMILIES
 from imdc.schedule import build_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,15 @@ def test_environment_variables_are_listed() -> None:
             source = path.read_text(encoding="utf-8")
             read |= set(re.findall(r"""environ(?:\.(?:get|setdefault|pop)\(|\[)["'](\w+)["']""", source))
             read |= set(re.findall(r"""getenv\(["'](\w+)["']""", source))
-    assert {"IMDC_CACHE", "IMDC_FUZZ_EXAMPLES", "TRITON_INTERPRET", "HF_HUB_OFFLINE"} <= read
+            # A name that a constant of the module holds.
+            for constant in re.findall(r"environ(?:\.get\(|\[)([A-Z_]+)[,)\]]", source):
+                read |= set(re.findall(rf"""^{constant} = ["'](\w+)["']""", source, flags=re.MULTILINE))
+    assert {"IMDC_CACHE", "IMDC_FUZZ_EXAMPLES", "TRITON_INTERPRET", "HF_HUB_OFFLINE", "LONGBENCH_DATA"} <= read
     documents = text("README.md") + text("CONTRIBUTING.md")
     assert {name for name in read - INTERNAL if f"`{name}" not in documents} == set()
+
+
+def test_readme_names_the_families() -> None:
+    readme = re.sub(r"\s+", " ", text("README.md"))
+    for family in FAMILIES.values():
+        assert family.title in readme, family.title

@@ -44,7 +44,7 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step of a plan asks of a model; r, T and the rest as in the module's text.
+    """What one step of a plan asks of a model; r, T and the rest as in the text of `imdc.planner.layer_bytes`.
 
     `seen_tokens` were read by earlier turns. `layers` are the KV pairs of each full-attention layer before and after,
     where these differ. `machine` is where it runs. `recalled` are the tokens of the text that a question

@@ -167,7 +167,7 @@ class PatchHandle:
         """An empty cache for calls without `generate()`, such as `model(input_ids, past_key_values=cache)`.
 
         A call of more than one token is a turn and read in chunks, the first one and every later one; a call of one
-        token decodes. (The argument is called `cache` in transformers 5.24.)
+        token decodes. (The argument is called `cache` in transformers 5.24.) With recall such calls are refused.
         """
         return self._boundary.new_cache()
 

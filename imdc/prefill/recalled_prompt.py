@@ -105,4 +105,5 @@ def _mask(request: GenerateRequest, ids: Tensor) -> Tensor | None:
     pad, ends = request.asked("pad_token_id"), request.asked("eos_token_id")
     if pad is None or pad in (ends if isinstance(ends, list) else [ends]) or not bool((ids == pad).any()):
         return None
-    return (ids != pad).long()
+    shown: Tensor = ids != pad
+    return shown.long()
