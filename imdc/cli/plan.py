@@ -13,11 +13,12 @@ from imdc.config import MEASURED_BUDGETS, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.config_file import read_config
 from imdc.model.shape import DTYPE_BYTES, ModelShape
+from imdc.planner.asking import asked
 from imdc.planner.batch import Batch
 from imdc.planner.fit import LEAST_CHUNK, MOST_STEPS, fit_chunk, largest_within, peak_bytes, with_chunk, with_memory
 from imdc.planner.footprint import predict_unpatched
 from imdc.planner.gpus import GPUS, Gpu, find_gpu
-from imdc.planner.plan import Plan, asked, plan_shape
+from imdc.planner.plan import Plan, plan_shape
 from imdc.units import format_bytes, format_tokens, parse_bytes, parse_tokens
 
 # A bounded prefill takes the same memory for any longer prompt; looking further would only take time.

@@ -17,6 +17,16 @@ from imdc.planner.recalling import recall_bytes
 from imdc.planner.work import Layers, Work
 from imdc.schedule import Step
 
+# Tokens of a question where recall is planned and nobody says how many.
+_QUESTION_TOKENS = 64
+
+
+def asked(batch: Batch, config: PrefillConfig) -> Batch:
+    """`batch` with a question where recall is planned and none was named."""
+    if config.recall == "none" or batch.question_tokens:
+        return batch
+    return replace(batch, question_tokens=_QUESTION_TOKENS)
+
 
 def predict_question(
     config: PrefillConfig, batch: Batch, kept: Kept, chosen: tuple[str, bool], machine: Machine

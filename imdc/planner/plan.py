@@ -10,6 +10,7 @@ from imdc.layer_budgets import planned_layers, shares_in_words
 from imdc.model.backend_rule import ANY_MACHINE, Machine
 from imdc.model.families import FAMILIES
 from imdc.model.shape import ModelShape
+from imdc.planner.asking import asked
 from imdc.planner.batch import Batch, Kept
 from imdc.planner.fit import compact_misfit, execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
@@ -23,8 +24,6 @@ from imdc.units import ends_of, format_bytes, format_tokens
 __all__ = ["Plan", "PlannedStep", "plan", "plan_shape"]
 
 _SHOWN_STEPS = 24
-# Tokens of a question where recall is planned and nobody says how many.
-_QUESTION_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,13 +249,6 @@ def plan(
     batch = Batch(prompt_tokens, rows, new_tokens=new_tokens, question_tokens=question_tokens)
     place = device or place or "cuda"
     return plan_shape(shape, batch, chosen, device=place, device_bytes=device_bytes, machine=machine)
-
-
-def asked(batch: Batch, config: PrefillConfig) -> Batch:
-    """`batch` with a question where recall is planned and none was named."""
-    if config.recall == "none" or batch.question_tokens:
-        return batch
-    return replace(batch, question_tokens=_QUESTION_TOKENS)
 
 
 def _shape_of(source: Any) -> tuple[ModelShape, str | None, Machine]:

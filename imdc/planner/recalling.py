@@ -30,8 +30,8 @@ HELD_BYTES = 64 * 2**20
 _SCALE_BYTES = 8
 
 
-def blocks(tokens: int) -> list[range]:
-    """Keys of each block of a text."""
+def read_blocks(tokens: int) -> list[range]:
+    """Keys of each block of a text that is read at once; blocks with a mean each are smaller, see `summaries`."""
     return [range(first, min(first + BLOCK_TOKENS, tokens)) for first in range(0, tokens, BLOCK_TOKENS)]
 
 
@@ -47,13 +47,13 @@ def compared_blocks(kept: int, tokens: int) -> int:
     what an answer needs was found as by all keys, with a quarter of the keys compared where an eighth was taken; by
     bounds of what a block may hold (Quest, arXiv 2406.10774) it was not: see docs/DESIGN.md.
     """
-    blocks = -(-2 * kept // SUMMARY_TOKENS)
-    return blocks if 2 * blocks <= summaries(tokens) else 0
+    compared = -(-2 * kept // SUMMARY_TOKENS)
+    return compared if 2 * compared <= summaries(tokens) else 0
 
 
 def held_blocks(q_heads: int, question_tokens: int, text_tokens: int) -> int:
     """Of how many of the first blocks the logits, float32 [heads, question, block], are kept."""
-    sizes = (4 * q_heads * question_tokens * len(block) for block in blocks(text_tokens))
+    sizes = (4 * q_heads * question_tokens * len(block) for block in read_blocks(text_tokens))
     fits = ((number + 1) * size <= HELD_BYTES for number, size in enumerate(sizes))
     return sum(takewhile(bool, fits))
 
@@ -73,7 +73,7 @@ def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
     following, renews = following or rows, following > 0
     queries, keys = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     on_device = work.backend in KERNELS
-    logits = [4 * shape.q_heads * rows * len(block) for block in blocks(tokens)]
+    logits = [4 * shape.q_heads * rows * len(block) for block in read_blocks(tokens)]
     held = held_blocks(shape.q_heads, rows, tokens)
     block = min(tokens, BLOCK_TOKENS)
     float_copy = 0 if shape.dtype_bytes == 4 else 4 * keys * block
@@ -88,7 +88,7 @@ def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
         # In halves beside the result, with their tables, when there are logits of the blocks before.
         before = [sum(logits[: min(number, held)]) + sum(logits[held:number][-1:]) for number in range(len(logits))]
         each = (there + turned * (3 * keys // 2 + 2 * shape.rotary) * block) // block
-        turning = max(done + each * len(one) for done, one in zip(before, blocks(tokens), strict=True))
+        turning = max(done + each * len(one) for done, one in zip(before, read_blocks(tokens), strict=True))
     rest, best = logits[held:], compared_blocks(layers.before, tokens) if renews else 0
     whole = not renews and recalls_whole(shape.max_positions, rows, tokens, work.compact)
     scores, out = 4 * shape.kv_heads * tokens, rows * shape.dtype_bytes * queries * whole
@@ -226,7 +226,7 @@ def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, 
 
 def _compared_bytes(shape: ModelShape, config: PrefillConfig, rows: int, tokens: int) -> int:
     """Bytes of the keys of a text that `rows` queries are compared with, in one layer; some are read twice."""
-    read = [_side_bytes(shape, config, len(block))[0] for block in blocks(tokens)]
+    read = [_side_bytes(shape, config, len(block))[0] for block in read_blocks(tokens)]
     return sum(read) + sum(read[held_blocks(shape.q_heads, rows, tokens) :])
 
 

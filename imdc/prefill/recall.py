@@ -179,7 +179,7 @@ class Recall:
         (kv_heads, queries, owned), device, tokens = own.shape, own.device, asked.tokens
         whole = attends and recalling.recalls_whole(self.parts.trained_window, owned, tokens, self.compact)
         lse = own.logsumexp(dim=-1)
-        blocks, held = recalling.blocks(tokens), list[Tensor]()
+        blocks, held = recalling.read_blocks(tokens), list[Tensor]()
         kept = recalling.held_blocks(kv_heads * queries // asked.rows, asked.rows, tokens)
         # Rows and threads that ask at once find the same means.
         summarises = self.config.recall_every > 0 and layer not in self.store.means
@@ -209,7 +209,7 @@ class Recall:
         """
         (kv_heads, _, dim), device, last = asked.queries.shape, own.device, asked.tokens - 1
         found = []
-        for block in recalling.blocks(recalling.summaries(asked.tokens)):
+        for block in recalling.read_blocks(recalling.summaries(asked.tokens)):
             means, moved = self.store.mean_keys(layer, block, device)
             self.moved_bytes += moved
             means = means.transpose(1, 2).float()
