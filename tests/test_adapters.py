@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, greedy
+from tiny_models import FAMILIES, greedy, token_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import imdc
 from imdc.errors import CacheMismatchError
-
-
-def prompt(length: int) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 class LowRank(nn.Module):
@@ -50,7 +46,7 @@ def switched_off() -> PreTrainedModel:
 
 def save(model: PreTrainedModel, path: Path) -> None:
     with imdc.patch(model, memory_tokens=64, chunk_tokens=32):
-        imdc.save_cache(greedy(model, prompt(150)).past_key_values, path)
+        imdc.save_cache(greedy(model, token_ids(150)).past_key_values, path)
 
 
 @pytest.mark.parametrize(

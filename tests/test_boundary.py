@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, greedy
+from tiny_models import FAMILIES, build, greedy, token_ids
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -28,10 +28,6 @@ LONG = 4300
 _TWO: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 16384}
 _MIXED = {**_TWO, "layer_types": ["sliding_attention", "full_attention"]}
 _OVERRIDES = {"gemma2": _MIXED, "gemma3": _MIXED, "smollm3": {**_TWO, "no_rope_layers": [1, 0]}}
-
-
-def prompt(length: int, rows: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 class Widths:
@@ -60,7 +56,7 @@ def model() -> PreTrainedModel:
 def test_a_long_prompt_is_bounded_in_every_family(family: str) -> None:
     model = build(family, **_OVERRIDES.get(family, _TWO))
     with imdc.patch(model, memory_tokens=512, chunk_tokens=512) as handle, Widths(model) as widths:
-        output = model.generate(prompt(LONG), max_new_tokens=2, do_sample=False, pad_token_id=0,
+        output = model.generate(token_ids(LONG), max_new_tokens=2, do_sample=False, pad_token_id=0,
                                 return_dict_in_generate=True)  # fmt: skip
         tail = handle.config.observation_tokens
         assert max(widths) <= 512 + 512 + tail
@@ -69,7 +65,7 @@ def test_a_long_prompt_is_bounded_in_every_family(family: str) -> None:
         widths.clear()
         cache = handle.new_cache()
         for seed in (1, 2):
-            model(prompt(LONG, seed=seed), **{hf.CACHE_NAME: cache}, logits_to_keep=1)
+            model(token_ids(LONG, seed=seed), **{hf.CACHE_NAME: cache}, logits_to_keep=1)
         assert max(widths) <= 512 + 512 + tail
         assert cache.stored_tokens() <= 512 and handle.report.prompt_tokens == LONG
         assert cache.get_seq_length() == 2 * LONG
@@ -78,7 +74,7 @@ def test_a_long_prompt_is_bounded_in_every_family(family: str) -> None:
 def test_an_answer_of_phi3_may_cross_its_switching_length() -> None:
     model = build("phi3", num_hidden_layers=1, max_position_embeddings=131072)
     with imdc.patch(model, memory_tokens=256, chunk_tokens=512) as handle, Widths(model) as widths:
-        output = model.generate(prompt(4090), max_new_tokens=12, do_sample=False, pad_token_id=0,
+        output = model.generate(token_ids(4090), max_new_tokens=12, do_sample=False, pad_token_id=0,
                                 return_dict_in_generate=True)  # fmt: skip
         assert handle.report is not None
         assert widths[len(handle.report.steps) :] == [1] * 11
@@ -87,7 +83,7 @@ def test_an_answer_of_phi3_may_cross_its_switching_length() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_turn_by_hand_gives_what_generate_gives(model: PreTrainedModel, rows: int) -> None:
-    first, second = prompt(150, rows), prompt(90, rows, seed=1)
+    first, second = token_ids(150, rows), token_ids(90, rows, seed=1)
     with imdc.patch(model, **TIGHT) as handle:
         cache = handle.new_cache()
         model(first, **{hf.CACHE_NAME: cache}, logits_to_keep=1)
@@ -104,7 +100,7 @@ def test_a_turn_by_hand_gives_what_generate_gives(model: PreTrainedModel, rows: 
 @pytest.mark.parametrize("keep", [None, 0, 1, 37], ids=["omitted", "all", "last", "some"])
 def test_logits_to_keep_means_what_transformers_means(family: str, keep: int | None) -> None:
     model = FAMILIES[family]()
-    ids, more = prompt(100, 2), prompt(50, 2, seed=1)
+    ids, more = token_ids(100, 2), token_ids(50, 2, seed=1)
     options = {} if keep is None else {"logits_to_keep": keep}
     with torch.no_grad():
         wanted = model(torch.cat((ids, more), dim=1)).logits
@@ -117,7 +113,7 @@ def test_logits_to_keep_means_what_transformers_means(family: str, keep: int | N
 
 
 def test_logits_of_a_padded_batch_stand_at_its_tokens(model: PreTrainedModel) -> None:
-    rows = [prompt(80), prompt(50, seed=1)]
+    rows = [token_ids(80), token_ids(50, seed=1)]
     ids = torch.cat((rows[0], torch.nn.functional.pad(rows[1], (30, 0))))
     mask = torch.ones_like(ids)
     mask[1, :30] = 0
@@ -145,32 +141,32 @@ def test_a_long_call_without_our_cache_raises_before_it_computes(
 ) -> None:
     with imdc.patch(model, **TIGHT), Widths(model) as widths:
         with pytest.raises(UnsupportedCallError, match=r"attend to 73 tokens without imdc.*hold 72.*new_cache\(\)"):
-            call(model, prompt(73))
+            call(model, token_ids(73))
         assert not widths
 
 
 def test_a_foreign_cache_counts(model: PreTrainedModel) -> None:
     with imdc.patch(model, **TIGHT):
-        cache = model(prompt(40), use_cache=True)[hf.CACHE_NAME]
-        model(prompt(32), **{hf.CACHE_NAME: cache})
+        cache = model(token_ids(40), use_cache=True)[hf.CACHE_NAME]
+        model(token_ids(32), **{hf.CACHE_NAME: cache})
         with pytest.raises(UnsupportedCallError, match="attend to 73 tokens"):
-            model(prompt(1), **{hf.CACHE_NAME: cache})
+            model(token_ids(1), **{hf.CACHE_NAME: cache})
 
 
 def test_guidance_is_refused_where_its_own_prompt_would_grow(model: PreTrainedModel) -> None:
     with imdc.patch(model, **TIGHT), Widths(model) as widths:
-        for options in ({"negative_prompt_ids": prompt(60)}, {"max_new_tokens": 80}):
+        for options in ({"negative_prompt_ids": token_ids(60)}, {"max_new_tokens": 80}):
             settings = {"max_new_tokens": 20, "guidance_scale": 1.5, "pad_token_id": 0, **options}
             with pytest.raises(UnsupportedCallError, match="guidance_scale=1.5"):
-                model.generate(prompt(100), **settings)
+                model.generate(token_ids(100), **settings)
         assert not widths
-        model.generate(prompt(100), max_new_tokens=8, guidance_scale=1.5, pad_token_id=0)
+        model.generate(token_ids(100), max_new_tokens=8, guidance_scale=1.5, pad_token_id=0)
 
 
 def test_an_unpatched_assistant_is_named(model: PreTrainedModel) -> None:
     assistant = FAMILIES["llama"](seed=5, num_hidden_layers=1)
     with imdc.patch(model, **TIGHT), pytest.warns(RuntimeWarning, match=r"assistant_model \(LlamaForCausalLM\)"):
-        greedy(model, prompt(100), assistant_model=assistant)
+        greedy(model, token_ids(100), assistant_model=assistant)
 
 
 def test_a_renamed_cache_makes_generate_raise(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +181,7 @@ def test_a_renamed_cache_makes_generate_raise(model: PreTrainedModel, monkeypatc
         monkeypatch.setattr(model, "prepare_inputs_for_generation", renamed)
         for length in (20, 200):
             with pytest.raises(UnsupportedCallError, match="without the KV cache that imdc gave it"):
-                greedy(model, prompt(length))
+                greedy(model, token_ids(length))
         assert not widths and handle.report is None
 
 
@@ -194,21 +190,21 @@ def test_a_generation_that_never_calls_forward_raises(model: PreTrainedModel) ->
         return input_ids
 
     with imdc.patch(model, **TIGHT), pytest.raises(ImdcError, match="never handed the KV cache"):
-        model.generate(prompt(100), custom_generate=elsewhere)
+        model.generate(token_ids(100), custom_generate=elsewhere)
 
 
 def test_a_layer_that_does_not_ask_the_registry_is_named(model: PreTrainedModel) -> None:
     attention = model.model.layers[1].self_attn
     attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     with imdc.patch(model, **TIGHT), pytest.raises(ImdcError, match=r"layers \[1\] of LlamaForCausalLM never reached"):
-        greedy(model, prompt(100))
+        greedy(model, token_ids(100))
 
 
 def test_a_layer_with_a_config_of_its_own_is_reached(model: PreTrainedModel) -> None:
     model.model.layers[1] = copy.deepcopy(model.model.layers[1])
-    wanted = greedy(model, prompt(100)).sequences
+    wanted = greedy(model, token_ids(100)).sequences
     with imdc.patch(model, memory_tokens=512, chunk_tokens=32):
-        assert torch.equal(greedy(model, prompt(100)).sequences, wanted)
+        assert torch.equal(greedy(model, token_ids(100)).sequences, wanted)
 
 
 def test_the_config_carries_nothing_of_imdc(model: PreTrainedModel) -> None:
@@ -216,16 +212,16 @@ def test_the_config_carries_nothing_of_imdc(model: PreTrainedModel) -> None:
     model.model.layers[0].register_forward_hook(lambda *_: copies.append(copy.deepcopy(model.config)))
     before = model.config.to_dict()
     with imdc.patch(model, **TIGHT):
-        greedy(model, prompt(100))
+        greedy(model, token_ids(100))
     assert copies and all(one.to_dict() == before and one._attn_implementation == "sdpa" for one in copies)
 
 
 def test_another_model_may_run_inside_a_step(model: PreTrainedModel) -> None:
-    other, ids = FAMILIES["llama"](seed=3), prompt(30)
+    other, ids = FAMILIES["llama"](seed=3), token_ids(30)
     wanted, got = other(ids).logits, []
     model.model.layers[1].register_forward_hook(lambda *_: got.append(other(ids).logits))
     with imdc.patch(model, **TIGHT):
-        greedy(model, prompt(100))
+        greedy(model, token_ids(100))
     assert got and all(torch.equal(logits, wanted) for logits in got)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, greedy
+from tiny_models import build, greedy, token_ids
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -24,10 +24,6 @@ READ = 60
 @pytest.fixture
 def model() -> PreTrainedModel:
     return build("llama")
-
-
-def prompt(length: int = 100, rows: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def ones(columns: int, *zeros: int) -> Tensor:
@@ -55,19 +51,19 @@ def test_a_mask_or_positions_of_another_text_are_refused(
 ) -> None:
     with imdc.patch(model, **ROOMY) as handle:
         cache = handle.new_cache()
-        model(prompt(READ, 2), **{CACHE_NAME: cache})
+        model(token_ids(READ, 2), **{CACHE_NAME: cache})
         with pytest.raises(UnsupportedCallError, match=message):
-            model(prompt(new, 2, seed=1), **said, **{CACHE_NAME: cache})
+            model(token_ids(new, 2, seed=1), **said, **{CACHE_NAME: cache})
         assert cache.get_seq_length() == READ
         mask, positions = ones(READ + new), torch.arange(READ, READ + new)[None]
-        model(prompt(new, 2, seed=1), attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
+        model(token_ids(new, 2, seed=1), attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
         assert cache.get_seq_length() == READ + new
 
 
 def test_positions_that_begin_elsewhere_are_refused_before_anything_is_read(model: PreTrainedModel) -> None:
     with imdc.patch(model, **ROOMY) as handle:
         with pytest.raises(UnsupportedCallError, match="position_ids give 106 to token 99 of row 0"):
-            greedy(model, prompt(), position_ids=torch.arange(7, 107)[None])
+            greedy(model, token_ids(100), position_ids=torch.arange(7, 107)[None])
         assert handle.report is None
 
 
@@ -77,14 +73,14 @@ def test_padding_may_be_said_by_columns_or_by_tokens(model: PreTrainedModel) -> 
     with imdc.patch(model, **ROOMY) as handle:
         for positions in (columns, (mask.cumsum(dim=1) - 1).clamp(min=0)):
             cache = handle.new_cache()
-            model(prompt(READ, 2), attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
+            model(token_ids(READ, 2), attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
             said = {"attention_mask": ones(READ + 1, *range(20)), "position_ids": positions[:, -1:] + 1}
-            logits.append(model(prompt(1, 2, seed=1), **said, **{CACHE_NAME: cache}).logits)
+            logits.append(model(token_ids(1, 2, seed=1), **said, **{CACHE_NAME: cache}).logits)
     assert torch.equal(*logits)
 
 
 def test_a_padded_prompt_of_generate_is_asked_after_loading(model: PreTrainedModel, tmp_path: Path) -> None:
-    ids, question, answers = prompt(READ), prompt(9, seed=1), []
+    ids, question, answers = token_ids(READ), token_ids(9, seed=1), []
     with imdc.patch(model, **ROOMY) as handle:
         for padding in (0, 20):
             padded = torch.nn.functional.pad(ids, (padding, 0))
@@ -99,15 +95,15 @@ def test_a_padded_prompt_of_generate_is_asked_after_loading(model: PreTrainedMod
 def test_what_a_config_asks_for_is_refused_by_hand_and_not_collected(model: PreTrainedModel, name: str) -> None:
     model.set_attn_implementation("eager")
     setattr(model.config, name, True)
-    wanted, collected = greedy(model, prompt()).sequences, []
+    wanted, collected = greedy(model, token_ids(100)).sequences, []
     with imdc.patch(model, **ROOMY) as handle:
         with pytest.raises(UnsupportedCallError, match=f"config.{name}=True"):
-            model(prompt(), **{CACHE_NAME: handle.new_cache()})
+            model(token_ids(100), **{CACHE_NAME: handle.new_cache()})
         hook = model.model.register_forward_hook(
             lambda module, args, output: collected.append(output.get(name.removeprefix("output_")))
         )
-        assert torch.equal(greedy(model, prompt()).sequences, wanted)
-        handle.read(prompt())
+        assert torch.equal(greedy(model, token_ids(100)).sequences, wanted)
+        handle.read(token_ids(100))
         hook.remove()
     assert len(collected) > 12 and not any(collected)
 
@@ -115,32 +111,32 @@ def test_what_a_config_asks_for_is_refused_by_hand_and_not_collected(model: PreT
 @pytest.mark.parametrize("value", [None, 0])
 def test_an_argument_that_switches_the_cache_off_is_refused(model: PreTrainedModel, value: Any) -> None:
     with imdc.patch(model, **ROOMY), pytest.raises(UnsupportedCallError, match=f"use_cache={value}"):
-        greedy(model, prompt(), use_cache=value)
+        greedy(model, token_ids(100), use_cache=value)
 
 
 @pytest.mark.parametrize("options", [{}, {"recall": "host"}, {"layer_budget": "entropy", "positions": "compact"}])
 def test_autocast_is_for_the_models_modules(model: PreTrainedModel, options: dict[str, Any]) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        wanted = greedy(model, prompt()).sequences
+        wanted = greedy(model, token_ids(100)).sequences
         with imdc.patch(model, **{**TIGHT, **options}) as handle:
-            greedy(model, prompt())
+            greedy(model, token_ids(100))
             assert handle.report is not None and handle.report.memory_tokens <= 48 + 16
         with imdc.patch(model, **ROOMY):
-            assert torch.equal(greedy(model, prompt()).sequences, wanted)
+            assert torch.equal(greedy(model, token_ids(100)).sequences, wanted)
 
 
 @pytest.mark.parametrize("cache", [(), ((torch.zeros(1, 2, 3, 16),) * 2,) * 3, False], ids=["empty", "tuples", "bool"])
 def test_a_cache_that_is_none_is_named(model: PreTrainedModel, cache: Any) -> None:
     with imdc.patch(model, **ROOMY), pytest.raises(UnsupportedCallError, match=f"{CACHE_NAME} is a (tuple|bool), no"):
-        model(prompt(5), **{CACHE_NAME: cache})
+        model(token_ids(5), **{CACHE_NAME: cache})
 
 
 def test_a_model_that_returns_records_by_default_is_asked(model: PreTrainedModel) -> None:
     with imdc.patch(model, **ROOMY) as handle:
-        cache = handle.read(prompt())
-        wanted = handle.ask(cache, prompt(9, seed=1), max_new_tokens=5)
+        cache = handle.read(token_ids(100))
+        wanted = handle.ask(cache, token_ids(9, seed=1), max_new_tokens=5)
         model.generation_config.return_dict_in_generate = True
-        assert torch.equal(handle.ask(cache, prompt(9, seed=1), max_new_tokens=5), wanted)
+        assert torch.equal(handle.ask(cache, token_ids(9, seed=1), max_new_tokens=5), wanted)
 
 
 @pytest.mark.parametrize("cache", [None, DynamicCache()], ids=["None", "DynamicCache"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,10 +24,6 @@ WINDOW = 128
 
 def small(family: str = "llama", window: int = WINDOW, **overrides: Any) -> PreTrainedModel:
     return build(family, **{"num_hidden_layers": 3, "max_position_embeddings": window, **overrides})
-
-
-def prompt(length: int, rows: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> Any:
@@ -72,19 +68,19 @@ def compressions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, in
 def test_an_answer_that_leaves_the_window_is_compact_from_the_start(family: str, decode_tokens: int | None) -> None:
     model = small(family)
     with imdc.patch(model, decode_tokens=decode_tokens, **SIZES), positions_of(model) as largest:
-        output = generate(model, prompt(120), 120)
+        output = generate(model, token_ids(120), 120)
         assert output.sequences.shape[1] == 240
         assert output.past_key_values.compact and max(largest) < WINDOW
         # One that stays within the window keeps its positions.
-        assert not generate(model, prompt(120), 9).past_key_values.compact
+        assert not generate(model, token_ids(120), 9).past_key_values.compact
 
 
 def test_compressing_again_is_never_refused_in_an_answer_by_hand() -> None:
     model = small()
     with imdc.patch(model, decode_tokens=16, **SIZES) as handle, torch.no_grad():
         cache = handle.new_cache()
-        model(prompt(120), past_key_values=cache, logits_to_keep=1)
-        for token in prompt(40, seed=1)[0]:
+        model(token_ids(120), past_key_values=cache, logits_to_keep=1)
+        for token in token_ids(40, seed=1)[0]:
             model(token.view(1, 1), past_key_values=cache, logits_to_keep=1)
     # How long it would become was not known; like the unpatched model it goes on behind the window.
     assert cache.get_seq_length() == 160 and cache.stored_tokens() <= 40 + 16 and not cache.compact
@@ -94,15 +90,15 @@ def test_compressing_again_is_never_refused_in_an_answer_by_hand() -> None:
 def test_a_compact_memory_never_leaves_the_window(family: str) -> None:
     model = small(family)
     with imdc.patch(model, positions="compact", **SIZES), positions_of(model) as largest:
-        output = generate(model, prompt(300), 200)
-        history = torch.cat((output.sequences, prompt(30, seed=1)), dim=1)
+        output = generate(model, token_ids(300), 200)
+        history = torch.cat((output.sequences, token_ids(30, seed=1)), dim=1)
         generate(model, history, 8, past_key_values=output.past_key_values)
     assert max(largest) < WINDOW
 
 
 def test_rows_of_a_batch_leave_no_window_and_are_what_they_are_alone() -> None:
     model = small()
-    ids, mask = prompt(150, rows=3), torch.ones(3, 150, dtype=torch.long)
+    ids, mask = token_ids(150, rows=3), torch.ones(3, 150, dtype=torch.long)
     mask[1, :100], mask[2, :140] = 0, 0
     with imdc.patch(model, **SIZES), positions_of(model) as largest:
         together = generate(model, ids, 150, attention_mask=mask)
@@ -118,17 +114,17 @@ def test_a_memory_that_fills_the_window_refuses_an_answer_before_anything_is_com
         options = {**SIZES, "memory_tokens": 120, "schedule": schedule}
         with imdc.patch(model, positions="compact", **options) as handle, positions_of(model) as largest:
             with pytest.raises(UnsupportedCallError, match=f"memory and answer take 169 positions.*{remedy}"):
-                generate(model, prompt(100), 70)
+                generate(model, token_ids(100), 70)
             assert not largest and handle.report is None
-            generate(model, prompt(100), 29)
+            generate(model, token_ids(100), 29)
             with torch.no_grad():
                 cache = handle.new_cache()
-                model(prompt(100), past_key_values=cache, logits_to_keep=1)
+                model(token_ids(100), past_key_values=cache, logits_to_keep=1)
                 for _ in range(28):
-                    model(prompt(1), past_key_values=cache, logits_to_keep=1)
+                    model(token_ids(1), past_key_values=cache, logits_to_keep=1)
                 stored = cache.stored_tokens()
                 with pytest.raises(UnsupportedCallError, match="decoding reaches position 129 of compact positions"):
-                    model(prompt(1), past_key_values=cache, logits_to_keep=1)
+                    model(token_ids(1), past_key_values=cache, logits_to_keep=1)
                 assert cache.stored_tokens() == stored
 
 
@@ -141,42 +137,42 @@ def test_the_question_judges_while_the_answer_is_written(observer: str, monkeypa
         hook = decoder.register_forward_pre_hook(
             lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True
         )
-        output = generate(model, prompt(70, rows=2), 30)
+        output = generate(model, token_ids(70, rows=2), 30)
         hook.remove()
     # Beside the new token itself where observers ask the chunk too.
     assert seen == [(5, 5 if observer == "prompt_tail" else 6, 48)] * 6
     asked = [ids for ids in read if ids.shape == (1, 6)]
     assert len(asked) == 6
     for number, ids in enumerate(asked):
-        assert torch.equal(ids[0, 1:], prompt(70, rows=2)[number % 2, -5:])
+        assert torch.equal(ids[0, 1:], token_ids(70, rows=2)[number % 2, -5:])
     assert output.past_key_values.stored_tokens() <= 48
 
 
 def test_beams_and_saved_caches_keep_their_questions(tmp_path: Path) -> None:
     model = small()
     with imdc.patch(model, decode_tokens=6, observation_tokens=5, **SIZES):
-        output = generate(model, prompt(70, rows=2), 9, num_beams=3)
+        output = generate(model, token_ids(70, rows=2), 9, num_beams=3)
         cache = output.past_key_values
-        wanted = prompt(70, rows=2)[:, -5:].repeat_interleave(3, dim=0)
+        wanted = token_ids(70, rows=2)[:, -5:].repeat_interleave(3, dim=0)
         assert cache.rows is not None and torch.equal(cache.rows.question, wanted)
         imdc.save_cache(cache, tmp_path / "cache.safetensors")
         loaded = imdc.load_cache(tmp_path / "cache.safetensors", model)
         assert loaded.rows is not None and torch.equal(loaded.rows.question, wanted)
         # Shorter than the observation.
-        short = generate(model, prompt(3), 20).past_key_values
-        assert short.rows is not None and short.rows.question.tolist() == prompt(3).tolist()
+        short = generate(model, token_ids(3), 20).past_key_values
+        assert short.rows is not None and short.rows.question.tolist() == token_ids(3).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_400_compressions_do_not_move_a_key(family: str, dtype: torch.dtype) -> None:
     model = small(family, window=4096).to(dtype)
-    ids, keys = prompt(30), []
+    ids, keys = token_ids(30), []
     options = {"memory_tokens": 1000, "chunk_tokens": 16, "positions": "compact", "decode_tokens": 1}
     with imdc.patch(model, **options) as handle, torch.no_grad():
         cache = handle.new_cache()
         model(ids, past_key_values=cache, logits_to_keep=1)
-        for number, token in enumerate(prompt(803, seed=1)[0]):
+        for number, token in enumerate(token_ids(803, seed=1)[0]):
             model(token.view(1, 1), past_key_values=cache, logits_to_keep=1)
             if number in (2, 802):
                 keys.append([layer.keys[:, :, :30].clone() for layer in cache.layers if not layer.is_sliding])

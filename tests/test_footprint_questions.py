@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
-from torch import Tensor
+from tiny_models import FAMILIES, token_ids
 
 import imdc
 from imdc.config import PrefillConfig
@@ -23,10 +22,6 @@ from imdc.profiler.measure import measure
 
 SIZES: dict[str, Any] = {"memory_tokens": 200, "chunk_tokens": 120}
 INT8 = {"recall": "host", "recall_dtype": "int8"}
-
-
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -45,8 +40,8 @@ def test_prediction_is_the_measured_peak_with_several_questions(
     family: str, dtype: torch.dtype, lengths: list[int], options: dict[str, Any]
 ) -> None:
     model = FAMILIES[family]().to(dtype)
-    observer = Questions([text(length, seed)[0].tolist() for seed, length in enumerate(lengths)])
-    measured = measure(model, text(1200), PrefillConfig(**SIZES, **options, observer=observer))
+    observer = Questions([token_ids(length, seed=seed)[0].tolist() for seed, length in enumerate(lengths)])
+    measured = measure(model, token_ids(1200), PrefillConfig(**SIZES, **options, observer=observer))
     assert measured.error == pytest.approx(0.0, abs=0.01)
     assert max(abs(step.error) for step in measured.steps) < 0.02
 
@@ -55,9 +50,9 @@ def read_and_ask(model: Any, question: int, new: int, **options: Any) -> tuple[P
     """(plan, bytes at the peak of a question with the document's cache, bytes it read of the store)."""
     config = PrefillConfig(**{**SIZES, "observer": "window", **options})
     made = plan(model, 1200, config, question_tokens=question, new_tokens=new)
-    asked = text(question, 1)
+    asked = token_ids(question, seed=1)
     with imdc.patch(model, config) as handle:
-        cache = handle.read(text(1200))
+        cache = handle.read(token_ids(1200))
         answering = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         # The second time, when everything that stays is there.
         handle.ask(cache, asked, **answering)
@@ -153,10 +148,10 @@ def test_a_limit_leaves_room_for_the_questions() -> None:
     assert asked[0] == asked[1] < asked[2]
     limit = asked[2] - 1
     with imdc.patch(model, memory_tokens=200, chunk_tokens="auto", memory_limit=limit, observer="window") as handle:
-        handle.read(text(1200), room=150)
+        handle.read(token_ids(1200), room=150)
         assert handle.report is not None
         with pytest.raises(ConfigError, match="too small"):
-            handle.read(text(1200), room=2000)
+            handle.read(token_ids(1200), room=2000)
 
 
 def test_plans_say_what_a_question_moves_and_in_what_time_at_best() -> None:

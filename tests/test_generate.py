@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, greedy
+from tiny_models import FAMILIES, greedy, token_ids
 
 import imdc
 import imdc.errors
@@ -15,12 +15,8 @@ ROOMY = {"memory_tokens": 512, "chunk_tokens": 48}
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 
 
-def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    alone = [prompt(length, seed=length) for length in lengths]
+    alone = [token_ids(length, seed=length) for length in lengths]
     width = max(lengths)
     ids = torch.zeros(len(lengths), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -35,7 +31,7 @@ def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.T
 @pytest.mark.parametrize("schedule", ["imdc", "im", "fm", "full"])
 def test_roomy_memory_gives_the_unpatched_logits(family: str, positions: str, schedule: str) -> None:
     model = FAMILIES[family]()
-    ids = prompt(150)
+    ids = token_ids(150)
     wanted = greedy(model, ids)
     with imdc.patch(model, schedule=schedule, positions=positions, **ROOMY) as handle:
         got = greedy(model, ids)
@@ -60,7 +56,7 @@ def test_padded_rows_are_what_they_would_be_alone(family: str, positions: str) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_padded_rows_are_what_they_would_be_alone(family: str) -> None:
     model = FAMILIES[family]()
-    long, short = prompt(150), prompt(90, seed=1)
+    long, short = token_ids(150), token_ids(90, seed=1)
     ids = torch.cat((long, torch.nn.functional.pad(short, (0, 60))))
     mask = torch.ones_like(ids)
     mask[1, 90:] = 0
@@ -80,7 +76,7 @@ def test_no_layer_ever_stores_more_than_the_plan_says(observer: str, schedule: s
     with imdc.patch(
         model, schedule=schedule, observer=observer, on_step=lambda s: stored.append(s.kv_bytes), **TIGHT
     ) as handle:
-        output = greedy(model, prompt(300))
+        output = greedy(model, token_ids(300))
         assert handle.report is not None
         assert stored == [step.memory_after * per_token for step in handle.report.steps]
         assert handle.report.memory_tokens == 64
@@ -94,9 +90,9 @@ def test_no_layer_ever_stores_more_than_the_plan_says(observer: str, schedule: s
 def test_turns_stay_bounded(positions: str) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, positions=positions, **TIGHT) as handle:
-        cache, history = None, prompt(0)
+        cache, history = None, token_ids(0)
         for turn in range(10):
-            new = prompt([200, 1, 40, 7, 90, 1, 2, 33, 64, 128][turn], seed=turn)
+            new = token_ids([200, 1, 40, 7, 90, 1, 2, 33, 64, 128][turn], seed=turn)
             history = torch.cat((history, new), dim=1)
             output = greedy(model, history, past_key_values=cache, attention_mask=torch.ones_like(history))
             cache, history = output.past_key_values, output.sequences
@@ -109,7 +105,7 @@ def test_turns_stay_bounded(positions: str) -> None:
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_two_roomy_turns_equal_the_unpatched_model(positions: str) -> None:
     model = FAMILIES["llama"]()
-    first, second = prompt(120), prompt(50, seed=1)
+    first, second = token_ids(120), token_ids(50, seed=1)
 
     def talk() -> torch.Tensor:
         one = greedy(model, first)
@@ -124,7 +120,7 @@ def test_two_roomy_turns_equal_the_unpatched_model(positions: str) -> None:
 
 def test_beams_equal_beams_over_the_unpatched_model_and_read_the_prompt_once() -> None:
     model = FAMILIES["llama"]()
-    ids = prompt(150)
+    ids = token_ids(150)
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
     wanted = model.generate(ids, pad_token_id=0, **options)
     with imdc.patch(model, **ROOMY) as handle:
@@ -135,7 +131,7 @@ def test_beams_equal_beams_over_the_unpatched_model_and_read_the_prompt_once() -
 @pytest.mark.parametrize("limits", [ROOMY, TIGHT], ids=["roomy", "tight"])
 def test_prompt_lookup_equals_greedy(limits: dict[str, int]) -> None:
     model = FAMILIES["llama"]()
-    ids = torch.cat([prompt(30)] * 5, dim=1)
+    ids = torch.cat([token_ids(30)] * 5, dim=1)
     with imdc.patch(model, **limits):
         wanted = greedy(model, ids, eos_token_id=2).sequences
         got = greedy(model, ids, eos_token_id=2, prompt_lookup_num_tokens=5).sequences
@@ -144,7 +140,7 @@ def test_prompt_lookup_equals_greedy(limits: dict[str, int]) -> None:
 
 def test_sampling_with_a_seed_equals_the_unpatched_model() -> None:
     model = FAMILIES["llama"]()
-    ids = prompt(100)
+    ids = token_ids(100)
 
     def sample() -> torch.Tensor:
         torch.manual_seed(3)
@@ -159,7 +155,7 @@ def test_out_of_memory_starts_again_with_the_smaller_plan(monkeypatch: pytest.Mo
     from imdc.prefill.step import StepRun
 
     model = FAMILIES["llama"]()
-    ids = prompt(256)
+    ids = token_ids(256)
     options = {"memory_tokens": 64, "sink_tokens": 2, "recent_tokens": 8, "schedule": "fm"}
     with imdc.patch(model, chunk_tokens=64, **options):
         wanted = greedy(model, ids)
@@ -181,7 +177,7 @@ def test_out_of_memory_starts_again_with_the_smaller_plan(monkeypatch: pytest.Mo
 
 def test_an_error_inside_a_layer_leaves_model_and_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"]()
-    first, second = prompt(150), prompt(60, seed=1)
+    first, second = token_ids(150), token_ids(60, seed=1)
     with imdc.patch(model, **TIGHT):
         one = greedy(model, first)
         history = torch.cat((one.sequences, second), dim=1)
@@ -216,7 +212,7 @@ def test_decode_tokens_bounds_the_cache_while_generating(family: str, positions:
     with imdc.patch(model, positions=positions, decode_tokens=16, **TIGHT) as handle:
         caches = [handle.new_cache()]
         output = model.generate(
-            prompt(100), max_new_tokens=200, do_sample=False, pad_token_id=0, stopping_criteria=[watch],
+            token_ids(100), max_new_tokens=200, do_sample=False, pad_token_id=0, stopping_criteria=[watch],
             prompt_lookup_num_tokens=lookup, eos_token_id=200, past_key_values=caches[0],
         )  # fmt: skip
         assert handle.report is not None and handle.report.prompt_tokens == 100
@@ -238,7 +234,7 @@ def test_the_prompt_tail_rides_along_only_where_something_is_compressed(family: 
 
 def test_auto_chunks_are_the_largest_that_the_limit_allows() -> None:
     model = FAMILIES["llama"]()
-    ids = prompt(1500)
+    ids = token_ids(1500)
     plan = imdc.plan(model, 1500, new_tokens=12, chunk_tokens=100, memory_tokens=64)
     limit = plan.peak_bytes
     with imdc.patch(model, chunk_tokens="auto", memory_limit=limit, memory_tokens=64) as handle:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, greedy
+from tiny_models import FAMILIES, build, greedy, token_ids
 from transformers import PreTrainedModel
 
 import imdc
@@ -29,10 +29,6 @@ def model_of(**options: Any) -> PreTrainedModel:
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.k_proj.weight.data.view(2, 16, -1)[:, : 4 * number] *= 0.2
     return model
-
-
-def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def cache_of(output: Any) -> ImdcCache:
@@ -58,7 +54,7 @@ def test_layers_whose_keys_have_more_entropy_get_more() -> None:
     for positions in ("original", "compact"):
         with imdc.patch(model, layer_budget="entropy", positions=positions, initial_memory=0.25, **TIGHT) as handle:
             cache = handle.new_cache()
-            model(prompt(500), **{hf.CACHE_NAME: cache})
+            model(token_ids(500), **{hf.CACHE_NAME: cache})
         shares[positions] = lengths(cache)
         # Shares of 1, 1, 1 and above 3, of which no layer takes more than twice the average.
         assert sorted(lengths(cache)[:3]) == [42, 43, 43] and lengths(cache)[3] == 128
@@ -69,7 +65,7 @@ def test_layers_whose_keys_have_more_entropy_get_more() -> None:
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("budget", RAGGED)
 def test_layers_differ_at_the_total_of_the_uniform_budget(budget: str, positions: str) -> None:
-    model, ids = model_of(), prompt(300)
+    model, ids = model_of(), token_ids(300)
     bytes_by_step: dict[str, list[int]] = {}
     for name in ("uniform", budget):
         options = {"layer_budget": name, "positions": positions, **TIGHT}
@@ -89,7 +85,7 @@ def test_layers_differ_at_the_total_of_the_uniform_budget(budget: str, positions
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("budget", RAGGED)
 def test_a_prompt_that_fits_changes_nothing(budget: str, positions: str) -> None:
-    model, ids = model_of(), prompt(100)
+    model, ids = model_of(), token_ids(100)
     alone = greedy(model, ids)
     with imdc.patch(model, layer_budget=budget, positions=positions, memory_tokens=256, chunk_tokens=32):
         ours = greedy(model, ids)
@@ -108,7 +104,7 @@ def by_hand(model: PreTrainedModel, cache: ImdcCache, tokens: torch.Tensor) -> t
 @pytest.mark.parametrize("budget", RAGGED)
 def test_batches_beams_and_drafts_are_the_row_alone(budget: str, implementation: str) -> None:
     model = model_of(attn_implementation=implementation)
-    long, short = prompt(300, seed=1), prompt(90, seed=2)
+    long, short = token_ids(300, seed=1), token_ids(90, seed=2)
     padded = torch.cat((long, torch.nn.functional.pad(short, (210, 0), value=0)))
     mask = (torch.arange(300) >= torch.tensor([[0], [210]])).long()
     with imdc.patch(model, layer_budget=budget, **TIGHT):
@@ -128,10 +124,10 @@ def test_batches_beams_and_drafts_are_the_row_alone(budget: str, implementation:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_several_candidates_at_once_are_decoded_as_one_by_one(implementation: str) -> None:
-    model, new = model_of(attn_implementation=implementation), prompt(5, seed=3)
+    model, new = model_of(attn_implementation=implementation), token_ids(5, seed=3)
     with imdc.patch(model, layer_budget="pyramid", **TIGHT) as handle:
         cache = handle.new_cache()
-        model(prompt(300), **{hf.CACHE_NAME: cache})
+        model(token_ids(300), **{hf.CACHE_NAME: cache})
         expected = by_hand(model, cache.copy(), new)
         cache.turn = Turn(assisted=True)
         found = model(new, **{hf.CACHE_NAME: cache}).logits
@@ -141,7 +137,7 @@ def test_several_candidates_at_once_are_decoded_as_one_by_one(implementation: st
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("budget", RAGGED)
 def test_turns_and_long_answers_keep_the_total_and_the_shares(budget: str, positions: str) -> None:
-    model, text = model_of(), prompt(700)
+    model, text = model_of(), token_ids(700)
     with imdc.patch(model, layer_budget=budget, positions=positions, **TIGHT) as handle:
         cache = handle.new_cache()
         for end in (300, 340, 700):
@@ -156,7 +152,7 @@ def test_turns_and_long_answers_keep_the_total_and_the_shares(budget: str, posit
 
 @pytest.mark.parametrize("budget", RAGGED)
 def test_saved_caches_go_on_and_tails_are_cropped(budget: str, tmp_path: Path) -> None:
-    model, ids, new = model_of(), prompt(300), prompt(4, seed=5)
+    model, ids, new = model_of(), token_ids(300), token_ids(4, seed=5)
     with imdc.patch(model, layer_budget=budget, **TIGHT) as handle:
         cache = handle.new_cache()
         model(ids, **{hf.CACHE_NAME: cache})
@@ -173,9 +169,9 @@ def test_saved_caches_go_on_and_tails_are_cropped(budget: str, tmp_path: Path) -
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("budget", RAGGED)
 def test_questions_about_a_document_keep_every_layer_as_it_is(budget: str, positions: str) -> None:
-    model, question = model_of(), prompt(9, seed=3)
+    model, question = model_of(), token_ids(9, seed=3)
     with imdc.patch(model, layer_budget=budget, positions=positions, **TIGHT) as handle:
-        cache = handle.read(prompt(300))
+        cache = handle.read(token_ids(300))
         before = [layer.keys.clone() for layer in cache.layers]
         answer = handle.ask(cache, question, max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
@@ -193,7 +189,7 @@ def test_sliding_layers_have_no_budget_of_their_own(family: str) -> None:
     options = {"layer_types": types} if family.startswith("gemma") else {}
     options |= {"no_rope_layers": [1, 0, 1, 1]} if family == "smollm3" else {}
     model = FAMILIES[family](num_hidden_layers=4, **options)
-    long, short = prompt(300, seed=1), prompt(90, seed=2)
+    long, short = token_ids(300, seed=1), token_ids(90, seed=2)
     padded = torch.cat((long, torch.nn.functional.pad(short, (210, 0), value=0)))
     mask = (torch.arange(300) >= torch.tensor([[0], [210]])).long()
     for positions in ("original", "compact"):
@@ -214,7 +210,7 @@ def test_other_attention_is_refused_when_the_model_is_patched() -> None:
 
 
 def test_a_cache_goes_on_under_another_budget() -> None:
-    model, text = model_of(), prompt(500)
+    model, text = model_of(), token_ids(500)
     cache = None
     for end, budget in ((300, "pyramid"), (400, "uniform"), (500, "pyramid")):
         with imdc.patch(model, layer_budget=budget, **TIGHT) as handle:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, greedy
+from tiny_models import FAMILIES, build, greedy, token_ids
 from torch import Tensor
-from traces import TIGHT, FailingAt, prompt, trace_of
+from traces import TIGHT, FailingAt, trace_of
 
 import imdc
 from imdc.prefill.patch import PatchHandle
@@ -24,8 +24,8 @@ def test_removal_leaves_no_trace(family: str) -> None:
     with imdc.patch(model, **TIGHT):
         assert trace_of(model) != before
         with FailingAt(model.model.layers[1], 2, RuntimeError), pytest.raises(RuntimeError):
-            greedy(model, prompt())
-        greedy(model, prompt())
+            greedy(model, token_ids())
+        greedy(model, token_ids())
     assert trace_of(model) == before
 
 
@@ -36,7 +36,7 @@ def test_the_trace_shows_a_removal_that_does_nothing(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patched:
         patched.setattr(PatchHandle, "remove", lambda self: None)
         with handle:
-            greedy(model, prompt())
+            greedy(model, token_ids())
         left = {key for key, value in trace_of(model).items() if key not in before or value != before[key]}
     assert {"._imdc_handle", ".forward", ".generate", "attention", "masks", "overlays"} <= left
     handle.remove()
@@ -54,7 +54,7 @@ def live_things() -> tuple[int, int, int]:
 def left_by_500_prefills() -> tuple[int, int, int]:
     """What `live_things` counts more of after the last prefill than after the twentieth."""
     model = build("llama", num_hidden_layers=1)
-    ids = prompt(40)
+    ids = token_ids(40)
     limits = {"memory_tokens": 16, "chunk_tokens": 16, "sink_tokens": 1, "recent_tokens": 4}
     with torch.no_grad(), imdc.patch(model, **limits) as handle:
         for number in range(500):
@@ -82,7 +82,7 @@ def test_100_patches_leave_nothing_behind() -> None:
     before, things = trace_of(model), 0
     for number in range(100):
         with imdc.patch(model, memory_tokens=16, chunk_tokens=16, sink_tokens=1, recent_tokens=4):
-            greedy(model, prompt(20))
+            greedy(model, token_ids(20))
         if number == 10:
             gc.collect()
             things = len(gc.get_objects())

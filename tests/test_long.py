@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,10 +21,6 @@ LIMITS = {"memory_tokens": MEMORY, "chunk_tokens": CHUNK, "sink_tokens": 2, "rec
 WINDOW = 24
 TURNS = (300, 1, 6_000, 40, 7, 500, 1, 90, 2, 128)
 NEW = 12
-
-
-def prompt(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def write(model: PreTrainedModel, ids: Tensor, new: int, cache: ImdcCache) -> tuple[Tensor, list[int], list[int]]:
@@ -59,7 +55,7 @@ def test_600_new_tokens_stay_bounded(family: str, positions: str) -> None:
     model = build(family, max_position_embeddings=4096 if positions == "original" else MEMORY + 2 * CHUNK)
     with imdc.patch(model, positions=positions, decode_tokens=TAIL, **LIMITS) as handle:
         cache = handle.new_cache()
-        _, memories, windows = write(model, prompt(300), 600, cache)
+        _, memories, windows = write(model, token_ids(300), 600, cache)
         # Compressing again is no prefill: the report is still that of the prompt.
         assert handle.report is not None and handle.report.prompt_tokens == 300
     if family == "mistral_sliding":
@@ -85,10 +81,10 @@ def test_ten_turns_of_any_length_stay_bounded(schedule: str, positions: str, fam
     window = 32_768 if positions == "original" else MEMORY + 2 * CHUNK
     model = build(family, max_position_embeddings=window)
     with imdc.patch(model, positions=positions, schedule=schedule, **LIMITS) as handle:
-        cache, history = handle.new_cache(), prompt(0)
+        cache, history = handle.new_cache(), token_ids(0)
         for turn, length in enumerate(TURNS):
             unread = history.shape[1] + length - cache.get_seq_length()
-            history = torch.cat((history, prompt(length, seed=turn)), dim=1)
+            history = torch.cat((history, token_ids(length, seed=turn)), dim=1)
             left = cache.stored_tokens()
             history, memories, windows = write(model, history, NEW, cache)
             report = handle.report
@@ -131,8 +127,8 @@ def test_auto_positions_change_when_a_turn_leaves_the_window(family: str) -> Non
     answers = []
     for positions in ("auto", "compact"):
         with imdc.patch(model, positions=positions, memory_tokens=128, chunk_tokens=32) as handle:
-            cache, history = handle.new_cache(), prompt(0)
+            cache, history = handle.new_cache(), token_ids(0)
             for turn, length in enumerate((90, 400, 30)):
-                history, *_ = write(model, torch.cat((history, prompt(length, turn)), dim=1), NEW, cache)
+                history, *_ = write(model, torch.cat((history, token_ids(length, seed=turn)), dim=1), NEW, cache)
             answers.append(history)
     assert torch.equal(*answers)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,10 +23,6 @@ from imdc.planner.fit import least_chunk, peak_bytes, smaller_chunk
 from imdc.profiler.allocations import DispatchAllocations
 
 TOKENS, MEMORY = 1000, 256
-
-
-def prompt(tokens: int, rows: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def limit_for(model: PreTrainedModel, chunk: int, rows: int = 1, new_tokens: int = 1) -> int:
@@ -68,7 +64,7 @@ def test_measured_peak_is_within_the_limit(family: str, rows: int, beams: int, n
     with imdc.patch(model, chunk_tokens="auto", memory_limit=limit, memory_tokens=MEMORY) as handle:
         cache = handle.new_cache()
         with DispatchAllocations() as counted, torch.no_grad():
-            generate(model, prompt(TOKENS, rows), cache, new_tokens, num_beams=beams)
+            generate(model, token_ids(TOKENS, rows), cache, new_tokens, num_beams=beams)
             peak = counted.take_peak()
     allowed = limit - ModelShape.from_model(model).weights
     # Not by leaving the room unused: most of it is taken where the answer is short.
@@ -84,8 +80,8 @@ def test_a_second_turn_keeps_within_the_limit_while_the_first_ones_cache_lives(r
     options: dict[str, Any] = {"memory_limit": limit, "memory_tokens": MEMORY, "positions": positions}
     patched = imdc.patch(model, chunk_tokens="auto", **options)
     with patched as handle, DispatchAllocations() as counted, torch.no_grad():
-        first = generate(model, prompt(TOKENS, rows), handle.new_cache(), 1)
-        history = torch.cat((first.sequences, prompt(700, rows, seed=1)), dim=1)
+        first = generate(model, token_ids(TOKENS, rows), handle.new_cache(), 1)
+        history = torch.cat((first.sequences, token_ids(700, rows, seed=1)), dim=1)
         cache = first.past_key_values
         del first
         counted.take_peak()
@@ -109,7 +105,7 @@ def test_a_limit_too_small_for_all_rows_is_refused_before_anything_is_read() -> 
     limit = limit_for(model, 100)
     with imdc.patch(model, chunk_tokens="auto", memory_limit=limit, memory_tokens=MEMORY) as handle:
         with pytest.raises(ConfigError, match=r"smallest chunks of 32 rows; .* or read fewer rows or beams at once"):
-            generate(model, prompt(TOKENS, 32), handle.new_cache(), 1)
+            generate(model, token_ids(TOKENS, 32), handle.new_cache(), 1)
         assert handle.report is None
 
 
@@ -127,7 +123,7 @@ def test_compressing_while_decoding_is_never_refused(monkeypatch: pytest.MonkeyP
     options: dict[str, Any] = {"memory_limit": limit, "memory_tokens": MEMORY, "decode_tokens": 16}
     patched = imdc.patch(model, chunk_tokens="auto", **options)
     with patched as handle, DispatchAllocations() as allocations, torch.no_grad():
-        generate(model, prompt(TOKENS), handle.new_cache(), 100)
+        generate(model, token_ids(TOKENS), handle.new_cache(), 100)
         peak = allocations.take_peak()
     assert len(fitted) == 1
     assert peak <= limit - ModelShape.from_model(model).weights
@@ -196,7 +192,7 @@ def test_free_memory_that_no_system_tells_is_refused_by_name(monkeypatch: pytest
         raise ValueError(f"unrecognized configuration name {name}")
 
     model = FAMILIES["llama"]()
-    ids = prompt(200)
+    ids = token_ids(200)
     with imdc.patch(model, chunk_tokens="auto", memory_limit=0.5, memory_tokens=64) as handle:
         cache = handle.new_cache()
         with monkeypatch.context() as patched:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, greedy
+from tiny_models import FAMILIES, greedy, token_ids
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -36,10 +36,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def prompt(length: int = 100) -> torch.Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
-
-
 @pytest.fixture
 def model() -> PreTrainedModel:
     return FAMILIES["llama"]()
@@ -49,7 +45,7 @@ def test_removal_leaves_no_trace(model: PreTrainedModel) -> None:
     before = state_of(model)
     handle = imdc.patch(model, **SMALL)
     assert state_of(model) != before
-    greedy(model, prompt())
+    greedy(model, token_ids(100))
     handle.remove()
     assert state_of(model) == before
     handle.remove()
@@ -64,7 +60,7 @@ def test_removal_leaves_no_trace_after_an_exception_inside(model: PreTrainedMode
 
     hook = model.model.layers[1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="inside a layer"), imdc.patch(model, **SMALL):
-        greedy(model, prompt())
+        greedy(model, token_ids(100))
     hook.remove()
     assert state_of(model) == before
 
@@ -78,7 +74,7 @@ def test_an_instance_forward_of_someone_else_comes_back(model: PreTrainedModel) 
 
 
 def test_a_wrapper_put_on_later_survives_the_removal(model: PreTrainedModel) -> None:
-    ids, calls = prompt(), []
+    ids, calls = token_ids(100), []
     wanted = greedy(model, ids).sequences
     handle = imdc.patch(model, memory_tokens=16, chunk_tokens=16, sink_tokens=1, recent_tokens=4)
     ours = model.forward
@@ -102,12 +98,12 @@ def test_double_patch_raises_and_keeps_the_first(model: PreTrainedModel) -> None
     with imdc.patch(model, **SMALL) as handle:
         with pytest.raises(UnsupportedModelError, match="patched already"):
             imdc.patch(model, **SMALL)
-        greedy(model, prompt())
+        greedy(model, token_ids(100))
         assert handle.report is not None
 
 
 def test_short_calls_without_our_cache_are_the_models_own(model: PreTrainedModel) -> None:
-    ids = prompt(SMALL["memory_tokens"] + SMALL["chunk_tokens"])
+    ids = token_ids(SMALL["memory_tokens"] + SMALL["chunk_tokens"])
     wanted = model(ids).logits
     with imdc.patch(model, **SMALL) as handle:
         assert torch.equal(model(ids).logits, wanted)
@@ -118,13 +114,13 @@ def test_training_steps_are_the_models_own(model: PreTrainedModel) -> None:
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         model.train()
-        model(prompt(), labels=prompt()).loss.backward()
+        model(token_ids(100), labels=token_ids(100)).loss.backward()
         model.eval()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     wanted = gradients()
     with imdc.patch(model, **SMALL):
-        greedy(model, prompt())
+        greedy(model, token_ids(100))
         got = gradients()
     assert len(got) == len(wanted) == len(list(model.parameters()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
@@ -177,34 +173,34 @@ def test_training_mode_raises(model: PreTrainedModel) -> None:
     with imdc.patch(model, **SMALL):
         model.train()
         with pytest.raises(UnsupportedCallError, match=r"model\.eval\(\)"):
-            greedy(model, prompt())
+            greedy(model, token_ids(100))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: greedy(m, prompt(), use_cache=False), "use_cache"),
-        (lambda m: greedy(m, prompt(), output_attentions=True), "output_attentions"),
-        (lambda m: greedy(m, prompt(), output_hidden_states=True), "output_hidden_states"),
-        (lambda m: greedy(m, prompt(), prefill_chunk_size=16), "chunk_tokens"),
-        (lambda m: greedy(m, prompt(), cache_implementation="static"), "cache_implementation"),
-        (lambda m: greedy(m, prompt(), past_key_values=DynamicCache()), "DynamicCache"),
-        (lambda m: greedy(m, prompt(), position_ids=torch.arange(100)[None] * 2), "position_ids go from 0 to 2"),
+        (lambda m: greedy(m, token_ids(100), use_cache=False), "use_cache"),
+        (lambda m: greedy(m, token_ids(100), output_attentions=True), "output_attentions"),
+        (lambda m: greedy(m, token_ids(100), output_hidden_states=True), "output_hidden_states"),
+        (lambda m: greedy(m, token_ids(100), prefill_chunk_size=16), "chunk_tokens"),
+        (lambda m: greedy(m, token_ids(100), cache_implementation="static"), "cache_implementation"),
+        (lambda m: greedy(m, token_ids(100), past_key_values=DynamicCache()), "DynamicCache"),
+        (lambda m: greedy(m, token_ids(100), position_ids=torch.arange(100)[None] * 2), "position_ids go from 0 to 2"),
         (lambda m: m.generate(inputs_embeds=torch.zeros(1, 5, 64), max_new_tokens=2), "inputs_embeds"),
-        (lambda m: greedy(m, prompt(), attention_mask=torch.zeros(1, 100, dtype=torch.long)), "all padding"),
+        (lambda m: greedy(m, token_ids(100), attention_mask=torch.zeros(1, 100, dtype=torch.long)), "all padding"),
     ],
 )
 def test_bad_calls_raise_and_leave_the_model(
     model: PreTrainedModel, call: Callable[[PreTrainedModel], Any], message: str
 ) -> None:
     model.set_attn_implementation("eager")  # transformers itself refuses output_attentions under sdpa
-    wanted = greedy(model, prompt()).sequences
+    wanted = greedy(model, token_ids(100)).sequences
     with imdc.patch(model, memory_tokens=512, chunk_tokens=32):
         patched = state_of(model)
         with pytest.raises(UnsupportedCallError, match=message):
             call(model)
         assert state_of(model) == patched
-        assert torch.equal(greedy(model, prompt()).sequences, wanted)
+        assert torch.equal(greedy(model, token_ids(100)).sequences, wanted)
 
 
 def test_empty_prompts_raise(model: PreTrainedModel) -> None:
@@ -216,7 +212,7 @@ def test_empty_prompts_raise(model: PreTrainedModel) -> None:
 
 
 def test_a_manual_loop_equals_generate(model: PreTrainedModel) -> None:
-    ids = prompt()
+    ids = token_ids(100)
     with imdc.patch(model, **SMALL) as handle:
         wanted = greedy(model, ids).sequences[0, 100:]
         cache = handle.new_cache()
@@ -230,7 +226,7 @@ def test_a_manual_loop_equals_generate(model: PreTrainedModel) -> None:
 
 
 def test_a_cache_read_in_inference_mode_goes_on_outside_of_it(model: PreTrainedModel) -> None:
-    ids, new = prompt(), torch.tensor([[7]])
+    ids, new = token_ids(100), torch.tensor([[7]])
     with imdc.patch(model, **SMALL) as handle:
 
         def last(mode: Callable[[], Any]) -> torch.Tensor:
@@ -245,18 +241,18 @@ def test_a_cache_read_in_inference_mode_goes_on_outside_of_it(model: PreTrainedM
 
 
 def test_a_prompt_shorter_than_one_chunk(model: PreTrainedModel) -> None:
-    wanted = greedy(model, prompt(5)).sequences
+    wanted = greedy(model, token_ids(5)).sequences
     with imdc.patch(model, **SMALL) as handle:
-        assert torch.equal(greedy(model, prompt(5)).sequences, wanted)
+        assert torch.equal(greedy(model, token_ids(5)).sequences, wanted)
         assert handle.report is not None and len(handle.report.steps) == 1
 
 
 def test_the_cache_of_another_model_is_refused(model: PreTrainedModel) -> None:
     other = FAMILIES["llama"](seed=1)
     with imdc.patch(model, **SMALL), imdc.patch(other, **SMALL):
-        cache = greedy(other, prompt()).past_key_values
+        cache = greedy(other, token_ids(100)).past_key_values
         with pytest.raises(CacheMismatchError, match="another model"):
-            greedy(model, prompt(140), past_key_values=cache, attention_mask=None)
+            greedy(model, token_ids(140), past_key_values=cache, attention_mask=None)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
@@ -264,26 +260,26 @@ def test_the_cache_of_another_model_is_refused(model: PreTrainedModel) -> None:
 def test_only_a_patched_model_goes_on_from_a_cache(family: str, seed: int) -> None:
     model = FAMILIES[family]()
     with imdc.patch(model, **SMALL) as handle:
-        cache, fresh = greedy(model, prompt()).past_key_values, handle.new_cache()
+        cache, fresh = greedy(model, token_ids(100)).past_key_values, handle.new_cache()
     other = model if seed == 0 else FAMILIES[family](seed=seed)
     keys = cache.layers[1].keys.clone()
     for one in (cache, fresh):
         with pytest.raises(UnsupportedCallError, match=r" is an ImdcCache.*imdc\.patch\(model\)"):
-            greedy(other, prompt(140), past_key_values=one)
+            greedy(other, token_ids(140), past_key_values=one)
     assert torch.equal(cache.layers[1].keys, keys) and fresh.is_empty
 
 
 @pytest.mark.parametrize("length", [5, 111])
 def test_a_turn_that_ends_before_the_cache_does_is_refused(model: PreTrainedModel, length: int) -> None:
     with imdc.patch(model, **SMALL):
-        first = greedy(model, prompt())
+        first = greedy(model, token_ids(100))
         cache = first.past_key_values
         with pytest.raises(UnsupportedCallError, match=f"{length} tokens, .* already holds 111.*whole"):
-            greedy(model, prompt(length), past_key_values=cache)
+            greedy(model, token_ids(length), past_key_values=cache)
         # The same tokens are new ones where the mask says so.
-        new = torch.cat((first.sequences[:, -1:], prompt(length)), dim=1)
+        new = torch.cat((first.sequences[:, -1:], token_ids(length)), dim=1)
         mask = torch.ones(1, first.sequences.shape[1] + length, dtype=torch.long)
-        history = torch.cat((first.sequences, prompt(length)), dim=1)
+        history = torch.cat((first.sequences, token_ids(length)), dim=1)
         wanted = greedy(model, history, past_key_values=cache.copy()).sequences[:, -12:]
         assert torch.equal(greedy(model, new, past_key_values=cache, attention_mask=mask).sequences[:, -12:], wanted)
 

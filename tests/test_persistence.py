@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, build, greedy
+from tiny_models import FAMILIES, build, greedy, token_ids
 from transformers import PreTrainedModel
 
 import imdc
@@ -22,10 +22,6 @@ from imdc.cache.cache import ImdcCache
 from imdc.errors import CacheMismatchError, UnsupportedCallError
 
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
-
-
-def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def read(model: PreTrainedModel, document: torch.Tensor, **options: object) -> tuple[torch.Tensor, ImdcCache]:
@@ -37,7 +33,7 @@ def read(model: PreTrainedModel, document: torch.Tensor, **options: object) -> t
 
 
 def ask(model: PreTrainedModel, history: torch.Tensor, cache: ImdcCache, seed: int, **options: object) -> torch.Tensor:
-    question = prompt(9, seed=100 + seed).expand(history.shape[0], -1)
+    question = token_ids(9, seed=100 + seed).expand(history.shape[0], -1)
     with imdc.patch(model, **TIGHT, **options):
         return greedy(model, torch.cat((history, question), dim=1), past_key_values=cache).sequences
 
@@ -47,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
     """A cache file of the llama with seed 0."""
     path = tmp_path / "document.safetensors"
     model = FAMILIES["llama"]()
-    imdc.save_cache(read(model, prompt(150))[1], path)
+    imdc.save_cache(read(model, token_ids(150))[1], path)
     return path
 
 
@@ -55,7 +51,7 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_loaded_cache_answers_as_the_one_it_was_saved_from(family: str, positions: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
-    history, cache = read(model, prompt(150), positions=positions)
+    history, cache = read(model, token_ids(150), positions=positions)
     imdc.save_cache(cache, tmp_path / "cache")
     loaded = [imdc.load_cache(tmp_path / "cache", model) for _ in range(2)]
     assert loaded[0].kv_bytes() == cache.kv_bytes()
@@ -66,13 +62,13 @@ def test_a_loaded_cache_answers_as_the_one_it_was_saved_from(family: str, positi
 
 def test_padded_rows_are_saved_and_loaded(tmp_path: Path) -> None:
     model = FAMILIES["gemma3"]()
-    ids = torch.cat((torch.nn.functional.pad(prompt(20), (70, 0)), prompt(90, seed=1)))
+    ids = torch.cat((torch.nn.functional.pad(token_ids(20), (70, 0)), token_ids(90, seed=1)))
     mask = torch.ones_like(ids)
     mask[0, :70] = 0
     with imdc.patch(model, **TIGHT):
         first = greedy(model, ids, attention_mask=mask)
         imdc.save_cache(first.past_key_values, tmp_path / "cache")
-        history = torch.cat((first.sequences, prompt(9, seed=7).expand(2, -1)), dim=1)
+        history = torch.cat((first.sequences, token_ids(9, seed=7).expand(2, -1)), dim=1)
         mask = torch.nn.functional.pad(mask, (0, history.shape[1] - mask.shape[1]), value=1)
         loaded = imdc.load_cache(tmp_path / "cache", model)
         got = greedy(model, history, past_key_values=loaded, attention_mask=mask)
@@ -84,11 +80,11 @@ def test_a_prompt_read_by_a_plain_call_is_saved_without_a_tail(tmp_path: Path) -
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT) as handle, torch.no_grad():
         cache = handle.new_cache()
-        model(prompt(150), past_key_values=cache, logits_to_keep=1)
+        model(token_ids(150), past_key_values=cache, logits_to_keep=1)
     imdc.save_cache(cache, tmp_path / "cache")
     loaded = imdc.load_cache(tmp_path / "cache", model)
     assert loaded.phase == "decode" and loaded.tail == 0 and loaded.stored_tokens() == 64
-    assert torch.equal(ask(model, prompt(150), loaded, 0), ask(model, prompt(150), cache, 0))
+    assert torch.equal(ask(model, token_ids(150), loaded, 0), ask(model, token_ids(150), cache, 0))
 
 
 ASK_ELSEWHERE = """
@@ -111,9 +107,9 @@ print(json.dumps(answers))
 def test_another_process_asks_the_document_two_questions(tmp_path: Path) -> None:
     model = FAMILIES["gemma3"]()
     model.save_pretrained(tmp_path / "model")
-    history, cache = read(model, prompt(150))
+    history, cache = read(model, token_ids(150))
     imdc.save_cache(cache, tmp_path / "cache")
-    questions = torch.cat([torch.cat((history, prompt(9, seed=seed)), dim=1) for seed in (100, 101)])
+    questions = torch.cat([torch.cat((history, token_ids(9, seed=seed)), dim=1) for seed in (100, 101)])
     run = subprocess.run(
         [sys.executable, "-c", ASK_ELSEWHERE, tmp_path / "model", tmp_path / "cache", json.dumps(questions.tolist())],
         capture_output=True,
@@ -129,7 +125,7 @@ def test_another_process_asks_the_document_two_questions(tmp_path: Path) -> None
 
 def test_a_copy_shares_nothing_with_its_original() -> None:
     model = FAMILIES["mistral_sliding"]()
-    history, cache = read(model, prompt(150))
+    history, cache = read(model, token_ids(150))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     wanted = ask(model, history, cache.copy(), 0)
     assert cache.get_seq_length() == history.shape[1] - 1
@@ -173,7 +169,7 @@ def test_the_same_weights_under_another_config_are_refused(
     family: str, name: str, value: object, tmp_path: Path
 ) -> None:
     model = build(family)
-    imdc.save_cache(read(model, prompt(90))[1], tmp_path / "cache")
+    imdc.save_cache(read(model, token_ids(90))[1], tmp_path / "cache")
     with pytest.raises(CacheMismatchError, match=f"{name} is .* in the file, {re.escape(repr(value))} here"):
         imdc.load_cache(tmp_path / "cache", build(family, **{name: value}))
 
@@ -242,7 +238,7 @@ def test_a_newer_format_is_refused_with_both_versions(saved: Path, monkeypatch: 
 def test_an_interrupted_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"]()
     data = saved.read_bytes()
-    cache = read(model, prompt(80, seed=1))[1]
+    cache = read(model, token_ids(80, seed=1))[1]
 
     def broken(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half")
@@ -259,7 +255,7 @@ def test_what_cannot_be_saved_says_why(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT) as handle, pytest.raises(UnsupportedCallError, match="empty"):
         imdc.save_cache(handle.new_cache(), tmp_path / "cache")
-    cache = read(model, prompt(80))[1]
+    cache = read(model, token_ids(80))[1]
     with pytest.raises(FileNotFoundError, match="does not exist"):
         imdc.save_cache(cache, tmp_path / "no" / "cache")
     del model, handle
@@ -270,7 +266,7 @@ def test_what_cannot_be_saved_says_why(tmp_path: Path) -> None:
 
 def test_the_file_may_go_once_it_is_loaded(saved: Path) -> None:
     model = FAMILIES["llama"]()
-    document = prompt(150)
+    document = token_ids(150)
     history, cache = read(model, document)
     loaded = imdc.load_cache(saved, model)
     with saved.open("r+b") as file:

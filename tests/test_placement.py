@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, greedy
+from tiny_models import build, greedy, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,17 +24,13 @@ ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 
 
-def prompt(length: int = 110, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
 def answers(model: PreTrainedModel) -> list[Tensor]:
     """What a roomy and a tight memory make of a prompt, and of a second turn."""
     found = []
     for limits in (ROOMY, TIGHT):
         with imdc.patch(model, **limits):
-            first = greedy(model, prompt())
-            history = torch.cat((first.sequences, prompt(40, seed=1)), dim=1)
+            first = greedy(model, token_ids())
+            history = torch.cat((first.sequences, token_ids(40, seed=1)), dim=1)
             found += [first.sequences, greedy(model, history, past_key_values=first.past_key_values).sequences]
     return found
 
@@ -93,10 +89,10 @@ def test_a_cache_goes_between_placements_of_a_model(
 
     def ask(model: PreTrainedModel, history: Tensor, cache: ImdcCache) -> Tensor:
         with imdc.patch(model, **TIGHT):
-            return greedy(model, torch.cat((history, prompt(9, seed=2)), dim=1), past_key_values=cache).sequences
+            return greedy(model, torch.cat((history, token_ids(9, seed=2)), dim=1), past_key_values=cache).sequences
 
     with imdc.patch(placed, **TIGHT):
-        first = greedy(placed, prompt())
+        first = greedy(placed, token_ids())
     imdc.save_cache(first.past_key_values, tmp_path / "cache")
     if all(parameter.is_meta for parameter in placed.parameters()):
         with pytest.warns(RuntimeWarning, match="compared with its config only"):
@@ -123,7 +119,7 @@ def test_int8_weights_give_what_their_rounded_values_give(folder: Path) -> None:
             parameter.data = value
     # Seven matrices in each of three layers.
     assert changed >= 21
-    assert torch.equal(answers(model)[0], greedy(model, prompt()).sequences)
+    assert torch.equal(answers(model)[0], greedy(model, token_ids()).sequences)
     for got, wanted in zip(answers(model), answers(rounded), strict=True):
         assert torch.equal(got, wanted)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,10 +43,6 @@ def small(family: str = "llama", window: int = 256, **overrides: Any) -> PreTrai
 
 def longrope() -> PreTrainedModel:
     return small("phi3", **LONGROPE)
-
-
-def prompt(length: int, rows: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> Any:
@@ -114,7 +110,7 @@ def test_defaults_read_prompts_longer_than_a_small_window(family: str, window: i
         overrides["original_max_position_embeddings"] = window
     model = build(family, **overrides)
     with imdc.patch(model) as handle, positions_of(model) as largest, torch.no_grad():
-        model(prompt(window + 900), past_key_values=handle.new_cache(), logits_to_keep=1)
+        model(token_ids(window + 900), past_key_values=handle.new_cache(), logits_to_keep=1)
         assert max(largest) < window
         assert handle.report is not None
         used = handle.report.config
@@ -129,7 +125,7 @@ def test_chosen_sizes_that_do_not_fit_are_refused_before_anything_is_computed() 
     model = small(window=128)
     with imdc.patch(model, memory_tokens=100, chunk_tokens=64) as handle, positions_of(model) as largest:
         # A batch is refused as a whole: the first row alone would fit.
-        ids, mask = prompt(400, rows=2), torch.ones(2, 400, dtype=torch.long)
+        ids, mask = token_ids(400, rows=2), torch.ones(2, 400, dtype=torch.long)
         mask[0, :350] = 0
         with pytest.raises(
             UnsupportedCallError, match=r"lower memory_tokens=100 or chunk_tokens=64, or leave both out"
@@ -147,7 +143,7 @@ def test_auto_chunks_fit_limit_and_window() -> None:
     assert isinstance(plan.config.chunk_tokens, int)
     assert plan.config.memory_tokens + plan.config.chunk_tokens + plan.config.observation_tokens <= 1024
     with imdc.patch(model, **options) as handle, torch.no_grad():
-        model(prompt(5000), past_key_values=handle.new_cache(), logits_to_keep=1)
+        model(token_ids(5000), past_key_values=handle.new_cache(), logits_to_keep=1)
     assert handle.report is not None
     assert [step.chunk_tokens for step in plan.steps] == [step.chunk_tokens for step in handle.report.steps]
     with pytest.raises(ConfigError, match="memory_limit"):
@@ -158,7 +154,7 @@ def test_longrope_never_mixes_factors_in_a_prompt() -> None:
     model = longrope()
     with imdc.patch(model, positions="original", memory_tokens=256, chunk_tokens=36) as handle, torch.no_grad():
         with positions_of(model) as largest, pytest.raises(UnsupportedCallError, match=r"use positions='compact'"):
-            model(prompt(70), past_key_values=handle.new_cache(), logits_to_keep=1)
+            model(token_ids(70), past_key_values=handle.new_cache(), logits_to_keep=1)
         assert not largest
 
 
@@ -166,29 +162,29 @@ def test_longrope_never_mixes_factors_in_an_answer() -> None:
     model = longrope()
     with imdc.patch(model, positions="original", memory_tokens=256, chunk_tokens=36) as handle, torch.no_grad():
         with positions_of(model) as largest, pytest.raises(UnsupportedCallError, match=r"use positions='compact'"):
-            generate(model, prompt(SHORT - 4), 6)
+            generate(model, token_ids(SHORT - 4), 6)
         assert not largest
         cache = handle.new_cache()
-        model(prompt(SHORT - 4), past_key_values=cache, logits_to_keep=1)
-        model(prompt(4), past_key_values=cache, logits_to_keep=1)
+        model(token_ids(SHORT - 4), past_key_values=cache, logits_to_keep=1)
+        model(token_ids(4), past_key_values=cache, logits_to_keep=1)
         with pytest.raises(UnsupportedCallError, match=rf"decoding reaches position {SHORT + 1} of original"):
-            model(prompt(1), past_key_values=cache, logits_to_keep=1)
+            model(token_ids(1), past_key_values=cache, logits_to_keep=1)
 
 
 @pytest.mark.parametrize("positions", ["original", "auto", "compact"])
 @pytest.mark.parametrize(("length", "new"), [(SHORT - 8, 8), (SHORT - 7, 8)])
 def test_longrope_within_its_short_window_is_the_unpatched_model(positions: str, length: int, new: int) -> None:
     model = longrope()
-    wanted = generate(model, prompt(length), new)
+    wanted = generate(model, token_ids(length), new)
     with imdc.patch(model, positions=positions, memory_tokens=256, chunk_tokens=24):
-        got = generate(model, prompt(length), new)
+        got = generate(model, token_ids(length), new)
     assert torch.equal(got.sequences, wanted.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("memory", [256, 48], ids=["roomy", "tail rows at the end of the prompt"])
 def test_longrope_that_passes_its_short_window_at_once_has_long_factors_only(memory: int) -> None:
-    model, ids, chunk = longrope(), prompt(90), 96 if memory > 90 else 50
+    model, ids, chunk = longrope(), token_ids(90), 96 if memory > 90 else 50
     options = {**TIGHT, "memory_tokens": memory, "chunk_tokens": chunk, "initial_memory": 20}
     with torch.no_grad():
         wanted = model(ids, logits_to_keep=1).logits
@@ -204,16 +200,16 @@ def test_longrope_by_hand_stays_short_by_itself() -> None:
     with imdc.patch(model, **{**TIGHT, "memory_tokens": 24, "chunk_tokens": 8}, observation_tokens=4) as handle:
         with torch.no_grad(), positions_of(model) as largest:
             cache = handle.new_cache()
-            model(prompt(40), past_key_values=cache, logits_to_keep=1)
-            for token in prompt(80, seed=1)[0]:
+            model(token_ids(40), past_key_values=cache, logits_to_keep=1)
+            for token in token_ids(80, seed=1)[0]:
                 model(token.view(1, 1), past_key_values=cache, logits_to_keep=1)
         assert cache.compact and max(largest) < SHORT
 
 
 def chat(model: PreTrainedModel, turns: int, new: int = 8) -> tuple[Tensor, ImdcCache]:
-    cache, history = None, prompt(0)
+    cache, history = None, token_ids(0)
     for turn in range(turns):
-        history = torch.cat((history, prompt(60, seed=turn)), dim=1)
+        history = torch.cat((history, token_ids(60, seed=turn)), dim=1)
         output = generate(model, history, new, past_key_values=cache)
         history, cache = output.sequences, output.past_key_values
     assert isinstance(cache, ImdcCache)
@@ -225,14 +221,14 @@ def test_a_chat_that_leaves_the_window_reads_its_history_anew() -> None:
     with imdc.patch(model, **TIGHT) as handle:
         history, cache = chat(model, 3)
         assert not cache.compact and handle.report is not None
-        following = torch.cat((history, prompt(60, seed=3)), dim=1)
+        following = torch.cat((history, token_ids(60, seed=3)), dim=1)
         output = generate(model, following, 8, past_key_values=cache)
         assert handle.report.prompt_tokens == following.shape[1]
         wanted = generate(model, following, 8)
         assert cache.compact and torch.equal(output.sequences, wanted.sequences)
         assert cache.get_seq_length() == output.sequences.shape[1] - 1
         # From now on it goes on from its cache.
-        last = torch.cat((output.sequences, prompt(60, seed=4)), dim=1)
+        last = torch.cat((output.sequences, token_ids(60, seed=4)), dim=1)
         generate(model, last, 8, past_key_values=cache)
         assert handle.report.prompt_tokens == 61
 
@@ -240,9 +236,9 @@ def test_a_chat_that_leaves_the_window_reads_its_history_anew() -> None:
 def test_only_the_row_that_leaves_the_window_is_read_anew() -> None:
     model = small(window=128)
     lengths = (100, 60)
-    ids, mask = prompt(100, rows=2), torch.ones(2, 100, dtype=torch.long)
+    ids, mask = token_ids(100, rows=2), torch.ones(2, 100, dtype=torch.long)
     mask[1, :40] = 0
-    more = prompt(40, rows=2, seed=1)
+    more = token_ids(40, rows=2, seed=1)
     with imdc.patch(model, **{**TIGHT, "memory_tokens": 40}, observation_tokens=4) as handle:
         first = generate(model, ids, 4, attention_mask=mask)
         history = torch.cat((first.sequences, more), dim=1)
@@ -261,7 +257,7 @@ def test_new_tokens_alone_cannot_be_read_anew() -> None:
     with imdc.patch(model, **TIGHT):
         history, cache = chat(model, 3)
         # The last token of the answer was never read.
-        new = torch.cat((history[:, -1:], prompt(60, seed=3)), dim=1)
+        new = torch.cat((history[:, -1:], token_ids(60, seed=3)), dim=1)
         mask = torch.ones(1, history.shape[1] + 60, dtype=torch.long)
         stored = [layer.keys.clone() for layer in cache.layers]
         with pytest.raises(
@@ -272,4 +268,4 @@ def test_new_tokens_alone_cannot_be_read_anew() -> None:
             generate(model, new, 8, past_key_values=cache, attention_mask=mask)
         # The cache is as it was: a turn that fits goes on from it.
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, stored, strict=True))
-        generate(model, torch.cat((history, prompt(20, seed=2)), dim=1), 8, past_key_values=cache)
+        generate(model, torch.cat((history, token_ids(20, seed=2)), dim=1), 8, past_key_values=cache)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DEVICE
-from tiny_models import FAMILIES, greedy
+from tiny_models import FAMILIES, greedy, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,10 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
     "no queries": {"observer": "key_diff", "backend": "reference"},
     "chance": {"observer": "random", "decode_tokens": 4},
 }
-
-
-def text(length: int, rows: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(model: PreTrainedModel, handle: imdc.PatchHandle, ids: Tensor) -> Any:
@@ -68,7 +64,7 @@ def assert_consistent(result: imdc.ProbeResult, report: PrefillReport | None) ->
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "smollm3"])
 def test_a_probe_changes_no_answer_and_agrees_with_the_report(family: str, options: dict[str, Any]) -> None:
-    model, ids = FAMILIES[family](), text(300)
+    model, ids = FAMILIES[family](), token_ids(300)
     with imdc.patch(model, **{**GROWING, **options}) as handle:
         alone = greedy(model, ids)
         with imdc.probe(handle) as probe:
@@ -84,7 +80,7 @@ def test_a_probe_changes_no_answer_and_agrees_with_the_report(family: str, optio
 def test_a_model_whose_layers_all_slide_has_nothing_to_show() -> None:
     model = FAMILIES["mistral_sliding"]()
     with imdc.patch(model, **TIGHT) as handle, imdc.probe(handle) as probe:
-        greedy(model, text(150))
+        greedy(model, token_ids(150))
     assert probe.result.places == (None,) * 3 and int(probe.result.pairs.sum()) == 0
     assert probe.result.to_dict()["survival"][-1] == [None] * len(probe.result.steps)
     with pytest.raises(IndexError, match="layer 1 has a sliding window"):
@@ -97,7 +93,7 @@ def test_places_name_the_tokens_whose_keys_are_stored(backend: str, budget: str)
     """Keys of the first layer depend on token and position alone, so the unpatched model has the same ones."""
     if backend == "triton":
         pytest.importorskip("triton", reason="the package triton is not installed")
-    model, ids = FAMILIES["llama"](num_hidden_layers=2).to(DEVICE), text(90).to(DEVICE)
+    model, ids = FAMILIES["llama"](num_hidden_layers=2).to(DEVICE), token_ids(90).to(DEVICE)
     with torch.no_grad():
         own = getattr(model(ids, use_cache=True), hf.CACHE_NAME).layers[0].keys[0]
     options = {**GROWING, "memory_tokens": 24, "layer_budget": budget, "backend": backend}
@@ -130,7 +126,7 @@ def test_the_latest_tokens_have_the_ages_of_their_rule(positions: str) -> None:
     model = FAMILIES["llama"]()
     options = {**GROWING, "observer": "sink_recent", "positions": positions}
     with imdc.patch(model, **options) as handle, imdc.probe(handle) as probe:
-        greedy(model, text(300))
+        greedy(model, token_ids(300))
         assert_sink_recent(probe.result, handle.report, sinks=2)
 
 
@@ -138,7 +134,7 @@ def test_the_latest_tokens_have_the_ages_of_their_rule(positions: str) -> None:
 def test_nothing_is_forgotten_where_nothing_is_dropped(options: dict[str, Any]) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **{**TIGHT, **options}) as handle, imdc.probe(handle) as probe:
-        greedy(model, text(300))
+        greedy(model, token_ids(300))
     result, count = probe.result, len(probe.result.steps)
     assert count > 5
     read = torch.ones(count, count).tril().bool()[:, None].expand(-1, 3, -1)
@@ -172,10 +168,10 @@ class Latest(AttentionObserver):
 @pytest.mark.parametrize("questions", [None, (7,), (7, 4, 9)])
 def test_the_mass_kept_is_the_share_of_the_observers_attention(stride: int, questions: tuple[int, ...] | None) -> None:
     model, observer = FAMILIES["llama"](), Latest(stride)
-    asked = None if questions is None else [text(length, seed=length) for length in questions]
+    asked = None if questions is None else [token_ids(length, seed=length) for length in questions]
     options = {**GROWING, "observer": observer, "observation_stride": stride, "observation_tokens": 6}
     with imdc.patch(model, **options) as handle, imdc.probe(handle) as probe:
-        handle.read(text(200), asked)
+        handle.read(token_ids(200), asked)
     result = probe.result
     # The last step has room for all that is there. read() asks a copy of the observer, which shares the notes.
     assert len(observer.noted) == 3 * (len(result.steps) - 1)
@@ -188,7 +184,7 @@ def test_the_mass_kept_is_the_share_of_the_observers_attention(stride: int, ques
 
 
 def test_every_row_and_turn_has_a_result_of_its_own() -> None:
-    model, ids = FAMILIES["llama"](), text(300, rows=2, seed=1)
+    model, ids = FAMILIES["llama"](), token_ids(300, rows=2, seed=1)
     mask = (torch.arange(300) >= torch.tensor([[0], [180]])).long()
     with imdc.patch(model, **GROWING) as handle:
         with imdc.probe(handle) as probe:
@@ -204,7 +200,7 @@ def test_every_row_and_turn_has_a_result_of_its_own() -> None:
         assert len(beams.results) == 1 and torch.equal(beams.result.pairs, probe.results[0].pairs)
 
         # A further turn: 64 pairs of the first one and what was answered since are one origin.
-        history = torch.cat((both.sequences[:1], text(80, seed=5)), dim=1)
+        history = torch.cat((both.sequences[:1], token_ids(80, seed=5)), dim=1)
         with imdc.probe(handle) as turn:
             first = greedy(model, ids[:1])
             greedy(model, history, **{hf.CACHE_NAME: getattr(first, hf.CACHE_NAME)})
@@ -221,9 +217,9 @@ def test_a_question_about_a_document_drops_nothing(recall: str) -> None:
     model, ask = FAMILIES["llama"](), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with imdc.patch(model, recall=recall, layer_budget="entropy", **GROWING) as handle:
         with imdc.probe(handle) as probe:
-            cache = handle.read(text(300))
-            answer = handle.ask(cache, text(9, seed=1), **ask)
-        assert torch.equal(handle.ask(cache, text(9, seed=1), **ask), answer)
+            cache = handle.read(token_ids(300))
+            answer = handle.ask(cache, token_ids(9, seed=1), **ask)
+        assert torch.equal(handle.ask(cache, token_ids(9, seed=1), **ask), answer)
     document, question = probe.results
     assert document.prompt_tokens == 300 and float(document.retention[1:].min()) < 1
     assert question.prompt_tokens == 9 and bool((question.retention == 1).all())
@@ -243,7 +239,7 @@ def test_a_reading_that_begins_again_counts_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(StepRun, "attend", failing)
     with imdc.patch(model, **{**GROWING, "chunk_tokens": 128}) as handle, imdc.probe(handle) as probe:
         with pytest.warns(RuntimeWarning, match="starts again"):
-            by_hand(model, handle, text(600))
+            by_hand(model, handle, token_ids(600))
         assert len(probe.results) == 1 and handle.report is not None and failed
         assert handle.report.restarts == 1
         assert_consistent(probe.result, handle.report)
@@ -254,8 +250,8 @@ def test_several_probes_and_none_after_their_block() -> None:
     with imdc.patch(model, **GROWING) as handle:
         with imdc.probe(handle) as outer:
             with imdc.probe(model) as inner:
-                by_hand(model, handle, text(150))
-            by_hand(model, handle, text(200))
+                by_hand(model, handle, token_ids(150))
+            by_hand(model, handle, token_ids(200))
         assert [len(outer.results), len(inner.results)] == [2, 1] and handle.probes == []
         with pytest.raises(KeyError), imdc.probe(handle) as broken:
             raise KeyError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build
+from tiny_models import FAMILIES, build, token_ids
 from torch import Tensor
 
 import imdc
@@ -18,18 +18,14 @@ TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_toke
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
 def content(cache: ImdcCache) -> list[Tensor]:
     return [x.clone() for layer in cache.layers for x in (layer.keys, layer.values)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_document_that_fits_answers_as_the_unpatched_model(family: str) -> None:
-    model, document = FAMILIES[family](), text(150)
-    questions = [text(length, seed) for length, seed in ((9, 1), (1, 2), (40, 3))]
+    model, document = FAMILIES[family](), token_ids(150)
+    questions = [token_ids(length, seed=seed) for length, seed in ((9, 1), (1, 2), (40, 3))]
     wanted = [model.generate(torch.cat((document, one), dim=1), **GREEDY)[:, 150 + one.shape[1] :] for one in questions]
     with imdc.patch(model, memory_tokens=256, chunk_tokens=32) as handle:
         cache = handle.read(document)
@@ -41,9 +37,9 @@ def test_a_document_that_fits_answers_as_the_unpatched_model(family: str) -> Non
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_questions_leave_the_cache_as_it_was(family: str, positions: str) -> None:
     model = FAMILIES[family]()
-    questions = torch.cat([text(9, seed) for seed in (1, 2, 3)])
+    questions = torch.cat([token_ids(9, seed=seed) for seed in (1, 2, 3)])
     with imdc.patch(model, **TIGHT, positions=positions) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         before = content(cache)
         alone = torch.cat([handle.ask(cache, one[None], **GREEDY) for one in questions])
         again = torch.cat([handle.ask(cache, one[None], **GREEDY) for one in questions])
@@ -64,7 +60,7 @@ def test_questions_leave_the_cache_as_it_was(family: str, positions: str) -> Non
 
 
 def test_a_question_drops_nothing_of_the_document() -> None:
-    model, document, question = FAMILIES["llama"](), text(300), text(50, 1)
+    model, document, question = FAMILIES["llama"](), token_ids(300), token_ids(50, seed=1)
     with imdc.patch(model, **TIGHT) as handle:
         cache = handle.read(document)
         got = handle.ask(cache, question, **GREEDY)
@@ -81,20 +77,20 @@ def test_a_question_drops_nothing_of_the_document() -> None:
 def test_a_saved_document_is_asked_after_loading(tmp_path: Path) -> None:
     model = FAMILIES["gemma3"]()
     with imdc.patch(model, **TIGHT) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         imdc.save_cache(cache, tmp_path / "document")
-        wanted = handle.ask(cache, text(9, 1), **GREEDY)
+        wanted = handle.ask(cache, token_ids(9, seed=1), **GREEDY)
     with imdc.patch(model, **TIGHT) as handle:
         loaded = imdc.load_cache(tmp_path / "document", model)
-        assert torch.equal(handle.ask(loaded, text(9, 1), **GREEDY), wanted)
-        assert torch.equal(handle.ask(loaded, text(9, 1), **GREEDY), wanted)
+        assert torch.equal(handle.ask(loaded, token_ids(9, seed=1), **GREEDY), wanted)
+        assert torch.equal(handle.ask(loaded, token_ids(9, seed=1), **GREEDY), wanted)
 
 
 def test_beams_and_samples_share_the_document() -> None:
     model = FAMILIES["llama"]()
-    questions = torch.cat([text(9, seed) for seed in (1, 2)])
+    questions = torch.cat([token_ids(9, seed=seed) for seed in (1, 2)])
     with imdc.patch(model, **TIGHT) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         alone = [handle.ask(cache, one[None], num_beams=3, **GREEDY) for one in questions]
         assert torch.equal(handle.ask(cache, questions, num_beams=3, **GREEDY), torch.cat(alone))
         options = {**GREEDY, "do_sample": True, "num_return_sequences": 4}
@@ -105,32 +101,32 @@ def test_beams_and_samples_share_the_document() -> None:
 def test_room_is_kept_for_question_and_answer(length: int, compact: bool) -> None:
     model = build("llama", max_position_embeddings=256)
     with imdc.patch(model, **TIGHT) as handle:
-        cache = handle.read(text(length), room=40)
+        cache = handle.read(token_ids(length), room=40)
         assert cache.compact == compact
-        handle.ask(cache, text(30, 1), **GREEDY)
+        handle.ask(cache, token_ids(30, seed=1), **GREEDY)
         with pytest.raises(UnsupportedCallError, match=r"question and answer reach position .* lower max_new_tokens=8"):
-            handle.ask(cache, text(250, 1), **GREEDY)
+            handle.ask(cache, token_ids(250, seed=1), **GREEDY)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda handle, cache: handle.read(text(9).expand(2, -1)), "one document"),
-        (lambda handle, cache: handle.read(text(9), room=0), "room=0"),
-        (lambda handle, cache: handle.read(text(9)[:, :0]), "empty prompt"),
+        (lambda handle, cache: handle.read(token_ids(9).expand(2, -1)), "one document"),
+        (lambda handle, cache: handle.read(token_ids(9), room=0), "room=0"),
+        (lambda handle, cache: handle.read(token_ids(9)[:, :0]), "empty prompt"),
         (lambda handle, cache: handle.ask(cache, []), "input_ids is a list"),
-        (lambda handle, cache: handle.ask(cache, [text(9), [1, 2]]), "'list'"),
-        (lambda handle, cache: handle.ask(cache, [text(9)], torch.ones(1, 9)), "leave it out"),
-        (lambda handle, cache: handle.ask(cache, text(9), torch.ones(1, 8)), r"attention_mask has shape \(1, 8\)"),
-        (lambda handle, cache: handle.ask(cache, text(9), past_key_values=cache), "not for ask"),
-        (lambda handle, cache: handle.ask(cache, text(9), return_dict_in_generate=True), "not for ask"),
-        (lambda handle, cache: handle.ask(handle.new_cache(), text(9)), "holds 0 documents"),
-        (lambda handle, cache: handle.ask(None, text(9)), "NoneType"),
+        (lambda handle, cache: handle.ask(cache, [token_ids(9), [1, 2]]), "'list'"),
+        (lambda handle, cache: handle.ask(cache, [token_ids(9)], torch.ones(1, 9)), "leave it out"),
+        (lambda handle, cache: handle.ask(cache, token_ids(9), torch.ones(1, 8)), r"attention_mask has shape \(1, 8\)"),
+        (lambda handle, cache: handle.ask(cache, token_ids(9), past_key_values=cache), "not for ask"),
+        (lambda handle, cache: handle.ask(cache, token_ids(9), return_dict_in_generate=True), "not for ask"),
+        (lambda handle, cache: handle.ask(handle.new_cache(), token_ids(9)), "holds 0 documents"),
+        (lambda handle, cache: handle.ask(None, token_ids(9)), "NoneType"),
     ],
 )
 def test_what_cannot_be_read_or_asked_is_refused(call: Any, message: str) -> None:
     with imdc.patch(FAMILIES["llama"](), **TIGHT) as handle:
-        cache = handle.read(text(100))
+        cache = handle.read(token_ids(100))
         before = content(cache)
         with pytest.raises(UnsupportedCallError, match=message):
             call(handle, cache)
@@ -139,10 +135,10 @@ def test_what_cannot_be_read_or_asked_is_refused(call: Any, message: str) -> Non
 
 def test_neither_a_removed_patch_nor_another_model_answers() -> None:
     with imdc.patch(FAMILIES["llama"](), **TIGHT) as handle:
-        cache = handle.read(text(100))
+        cache = handle.read(token_ids(100))
     with pytest.raises(UnsupportedCallError, match="ask.*taken back"):
-        handle.ask(cache, text(9))
+        handle.ask(cache, token_ids(9))
     with pytest.raises(UnsupportedCallError, match="read.*taken back"):
-        handle.read(text(9))
+        handle.read(token_ids(9))
     with imdc.patch(build("llama", seed=1), **TIGHT) as other, pytest.raises(CacheMismatchError, match="another model"):
-        other.ask(cache, text(9))
+        other.ask(cache, token_ids(9))

@@ -10,8 +10,7 @@ import pytest
 import torch
 from imdc.kernels.reference import rotate
 from recall_cases import random_recall
-from tiny_models import FAMILIES, build
-from torch import Tensor
+from tiny_models import FAMILIES, build, token_ids
 
 import imdc
 from imdc.cache.rows import Taken
@@ -27,10 +26,6 @@ from imdc.prefill.backends import REFERENCE
 
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "recall": "host"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-
-
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -109,7 +104,7 @@ def test_questions_attend_to_the_whole_text(family: str, memory: int, exact: int
 
     Where one pair goes, the one that the question attends to least, so are the next ones.
     """
-    model, document, question = FAMILIES[family](), text(100), text(9, 1)
+    model, document, question = FAMILIES[family](), token_ids(100), token_ids(9, seed=1)
     options = {**TIGHT, "memory_tokens": memory, "chunk_tokens": 128, "positions": "original"}
     with imdc.patch(model, **options, observer="random", backend="reference") as handle:
         cache = handle.read(document)
@@ -122,7 +117,7 @@ def test_questions_attend_to_the_whole_text(family: str, memory: int, exact: int
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_store_holds_every_pair_as_it_was_computed(family: str) -> None:
-    model, document = FAMILIES[family](), text(100)
+    model, document = FAMILIES[family](), token_ids(100)
     with imdc.patch(model, **{**TIGHT, "memory_tokens": 128}) as handle:
         cache = handle.read(document)
     assert cache.store is not None
@@ -134,9 +129,9 @@ def test_the_store_holds_every_pair_as_it_was_computed(family: str) -> None:
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_saved_questions_and_batches_recall_alike(positions: str, tmp_path: Path) -> None:
     model = FAMILIES["gemma3"]()
-    questions = torch.cat([text(9, seed) for seed in (1, 2)])
+    questions = torch.cat([token_ids(9, seed=seed) for seed in (1, 2)])
     with imdc.patch(model, **TIGHT, positions=positions) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         assert handle.report is not None and cache.store is not None
         assert handle.report.host_bytes == cache.store.nbytes() == 300 * 2 * 2 * 16 * 4 + 19 * 2 * 16 * 2
         imdc.save_cache(cache, tmp_path / "document")
@@ -157,7 +152,7 @@ def test_saved_questions_and_batches_recall_alike(positions: str, tmp_path: Path
 def test_rows_of_a_loaded_cache_can_be_chosen(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT) as handle:
-        imdc.save_cache(handle.read(text(300)), tmp_path / "document")
+        imdc.save_cache(handle.read(token_ids(300)), tmp_path / "document")
         loaded = imdc.load_cache(tmp_path / "document", model)
     loaded.batch_repeat_interleave(3)
     loaded.reorder_cache(torch.tensor([2, 0]))
@@ -170,9 +165,9 @@ def test_host_memory_is_bounded() -> None:
     # Pairs in float32, and means of 19 blocks in bfloat16.
     needed = 3 * 2 * 16 * (2 * 4 * 300 + 2 * 19)
     with imdc.patch(model, **TIGHT, recall_limit=needed) as handle:
-        assert handle.read(text(300)).store is not None
+        assert handle.read(token_ids(300)).store is not None
         with pytest.raises(ConfigError, match=rf"301 tokens, more than recall_limit={needed} bytes; raise it"):
-            handle.read(text(301))
+            handle.read(token_ids(301))
     with pytest.raises(ConfigError, match="no effect with recall='none'"):
         PrefillConfig(recall_limit=5)
     with pytest.raises(ConfigError, match="host memory are available"):
@@ -197,26 +192,26 @@ def test_plans_count_host_memory() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model, handle, cache: model(text(100), cache=handle.new_cache()), "recall='host' is for"),
-        (lambda model, handle, cache: model(text(10), cache=cache), "nothing can be added"),
-        (lambda model, handle, cache: handle.ask(cache, text(33)), "33 tokens takes 2 chunks.*chunk_tokens=32"),
+        (lambda model, handle, cache: model(token_ids(100), cache=handle.new_cache()), "recall='host' is for"),
+        (lambda model, handle, cache: model(token_ids(10), cache=cache), "nothing can be added"),
+        (lambda model, handle, cache: handle.ask(cache, token_ids(33)), "33 tokens takes 2 chunks.*chunk_tokens=32"),
     ],
 )
 def test_what_would_part_text_and_store_is_refused(call: Any, message: str) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT) as handle:
-        cache = handle.read(text(300))
-        wanted = handle.ask(cache, text(9, 1), **GREEDY)
+        cache = handle.read(token_ids(300))
+        wanted = handle.ask(cache, token_ids(9, seed=1), **GREEDY)
         cache.phase = "prefill"
         with pytest.raises(UnsupportedCallError, match=message):
             call(model, handle, cache)
-        assert torch.equal(handle.ask(cache, text(9, 1), **GREEDY), wanted)
+        assert torch.equal(handle.ask(cache, token_ids(9, seed=1), **GREEDY), wanted)
 
 
 def test_a_cache_that_has_decoded_is_not_asked() -> None:
     model = build("llama")
     with imdc.patch(model, **TIGHT) as handle, torch.no_grad():
-        cache = handle.read(text(300))
-        model(text(1), cache=cache)
+        cache = handle.read(token_ids(300))
+        model(token_ids(1), cache=cache)
         with pytest.raises(UnsupportedCallError, match="1 tokens were decoded"):
-            handle.ask(cache, text(9))
+            handle.ask(cache, token_ids(9))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 from torch import Tensor
 
 import imdc
@@ -19,10 +19,6 @@ from imdc.profiler.allocations import DispatchAllocations
 TIGHT: dict[str, Any] = {"memory_tokens": 64, "sink_tokens": 2, "recent_tokens": 8, "observation_tokens": 8}
 RECALL: dict[str, Any] = {**TIGHT, "recall": "host", "chunk_tokens": 32}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 class AtSecond:
@@ -44,14 +40,14 @@ def test_what_would_leave_the_window_is_refused_before_anything_is_read() -> Non
     model, steps = build("llama", max_position_embeddings=256), []  # type: ignore[var-annotated]
     with imdc.patch(model, on_step=steps.append, **{**RECALL, "memory_tokens": 100}) as handle:
         with pytest.raises(UnsupportedCallError, match="question and answer reach position 287"):
-            model.generate(text(1000), **{**GREEDY, "max_new_tokens": 180})
+            model.generate(token_ids(1000), **{**GREEDY, "max_new_tokens": 180})
         assert not steps
-        model.generate(text(1000), **{**GREEDY, "max_new_tokens": 148})
+        model.generate(token_ids(1000), **{**GREEDY, "max_new_tokens": 148})
         assert steps and handle.report is not None
 
 
 def test_padding_that_tells_of_itself_needs_no_mask() -> None:
-    model, prompt = build("llama"), text(200)
+    model, prompt = build("llama"), token_ids(200)
     padded = torch.cat((torch.zeros(1, 10, dtype=torch.long), prompt), dim=1)
     with imdc.patch(model, **RECALL):
         alone = model.generate(prompt, **GREEDY)[:, 200:]
@@ -64,12 +60,12 @@ def test_a_mask_of_another_shape_is_named(recall: str) -> None:
     model, steps = build("llama"), []  # type: ignore[var-annotated]
     named = pytest.raises(UnsupportedCallError, match=r"attention_mask has shape \(1, 100\) for input_ids \(1, 200\)")
     with imdc.patch(model, on_step=steps.append, **{**RECALL, "recall": recall}), named:
-        model.generate(text(200), attention_mask=torch.ones(1, 100, dtype=torch.long), **GREEDY)
+        model.generate(token_ids(200), attention_mask=torch.ones(1, 100, dtype=torch.long), **GREEDY)
     assert not steps
 
 
 def test_a_long_answer_is_not_planned_as_a_long_question() -> None:
-    model, prompt = build("llama"), text(1000)
+    model, prompt = build("llama"), token_ids(1000)
     with imdc.patch(model, **RECALL) as handle:
         with DispatchAllocations() as counted:
             model.generate(prompt, **{**GREEDY, "max_new_tokens": 100})
@@ -83,22 +79,22 @@ def test_a_long_answer_is_not_planned_as_a_long_question() -> None:
 
 def test_a_question_that_does_not_fit_the_limit_is_named() -> None:
     with imdc.patch(build("llama"), **{**RECALL, "chunk_tokens": "auto", "memory_limit": 1_500_000}) as handle:
-        cache = handle.read(text(400), room=20)
+        cache = handle.read(token_ids(400), room=20)
         with pytest.raises(ConfigError, match="for a question of 300 tokens; raise the limit or ask a shorter one"):
-            handle.ask(cache, text(300, 4), **GREEDY)
+            handle.ask(cache, token_ids(300, seed=4), **GREEDY)
         with pytest.raises(ConfigError, match="questions of up to 20 tokens of 20 rows"):
-            handle.ask(cache, [text(20, number) for number in range(20)], **GREEDY)
+            handle.ask(cache, [token_ids(20, seed=number) for number in range(20)], **GREEDY)
 
 
 def test_beams_of_a_question_are_read_once() -> None:
     model = build("llama")
     with imdc.patch(model, **RECALL) as handle:
-        cache = handle.read(text(200))
-        handle.ask(cache, text(6, 2), num_beams=4, **GREEDY)
+        cache = handle.read(token_ids(200))
+        handle.ask(cache, token_ids(6, seed=2), num_beams=4, **GREEDY)
         assert handle.report is not None and (handle.report.rows, handle.report.prompt_tokens) == (1, 6)
-        model.generate(text(200), num_beams=4, **GREEDY)
+        model.generate(token_ids(200), num_beams=4, **GREEDY)
         assert handle.report.prompt_tokens == 200
-        handle.ask(cache, [text(6, 2), text(6, 3), text(6, 2)], **GREEDY)
+        handle.ask(cache, [token_ids(6, seed=2), token_ids(6, seed=3), token_ids(6, seed=2)], **GREEDY)
         assert handle.report.prompt_tokens == 12
 
 
@@ -107,24 +103,24 @@ def test_out_of_memory_while_taking_back_is_not_called_a_matter_of_chunks(monkey
         raise torch.OutOfMemoryError("simulated")
 
     with imdc.patch(build("llama"), **{**RECALL, "chunk_tokens": 100}) as handle:
-        cache = handle.read(text(200))
+        cache = handle.read(token_ids(200))
         monkeypatch.setattr(Recall, "take", fail)
         with pytest.raises(torch.OutOfMemoryError, match="simulated"):
-            handle.ask(cache, text(90, 2), **GREEDY)
+            handle.ask(cache, token_ids(90, seed=2), **GREEDY)
 
 
 def test_a_report_is_of_its_own_call_whatever_other_threads_read() -> None:
     model = build("llama")
 
     def elsewhere() -> None:
-        thread = threading.Thread(target=lambda: model.generate(text(100), **GREEDY))
+        thread = threading.Thread(target=lambda: model.generate(token_ids(100), **GREEDY))
         thread.start()
         thread.join()
 
     with imdc.patch(model, **RECALL) as handle:
-        model.generate(text(300), **GREEDY)
+        model.generate(token_ids(300), **GREEDY)
         alone = handle.report
-        model.generate(text(300), streamer=AtSecond(elsewhere), **GREEDY)
+        model.generate(token_ids(300), streamer=AtSecond(elsewhere), **GREEDY)
         report = handle.report
     assert alone is not None and report is not None
     for name in ("prompt_tokens", "host_bytes", "recalled_bytes", "memory_tokens"):
@@ -134,20 +130,20 @@ def test_a_report_is_of_its_own_call_whatever_other_threads_read() -> None:
 def test_a_report_names_the_observer_that_was_asked_for() -> None:
     model = build("llama")
     with imdc.patch(model, **RECALL) as handle:
-        model.generate(text(200), **GREEDY)
+        model.generate(token_ids(200), **GREEDY)
         assert handle.report is not None and str(handle.report.config.observer) == "prompt_tail"
         assert handle.report.config.observation_tokens == 8
 
 
 def test_recall_over_a_cache_without_a_store_is_refused() -> None:
-    model, ids = build("llama"), text(350)
+    model, ids = build("llama"), token_ids(350)
     with imdc.patch(model, **{**RECALL, "recall": "none"}) as handle:
         plain = handle.read(ids[:, :200])
     with imdc.patch(model, **RECALL) as handle:
         with pytest.raises(UnsupportedCallError, match="a cache whose text has no store"):
             model.generate(ids, past_key_values=plain, **GREEDY)
         # It is still there to be asked, by what it holds.
-        assert handle.ask(plain, text(6, 2), **GREEDY).shape == (1, 6)
+        assert handle.ask(plain, token_ids(6, seed=2), **GREEDY).shape == (1, 6)
         short = model.generate(ids[:, :1], **GREEDY, return_dict_in_generate=True)
         longer = torch.cat((short.sequences, ids), dim=1)
         with pytest.raises(UnsupportedCallError, match="pass the whole conversation as input_ids and no cache"):

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
-from torch import Tensor
+from tiny_models import FAMILIES, token_ids
 
 import imdc
 from imdc.cache.store import HostStore
@@ -24,19 +23,15 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_answers_are_those_from_host_memory(dtype: torch.dtype, tmp_path: Path) -> None:
     (folder := tmp_path / "folder").mkdir()
     model = FAMILIES["gemma3"]().to(dtype)
-    questions = [text(9, seed) for seed in (1, 2)]
+    questions = [token_ids(9, seed=seed) for seed in (1, 2)]
     answers, stores = [], []
     for options in ({"recall": "host"}, {"recall": "disk", "recall_dir": str(folder)}):
         with imdc.patch(model, **TIGHT, **options) as handle:
-            cache = handle.read(text(300))
+            cache = handle.read(token_ids(300))
             assert handle.report is not None and cache.store is not None
             assert handle.report.host_bytes == cache.store.nbytes()
             answers.append([handle.ask(cache, question, **GREEDY) for question in questions])
@@ -77,7 +72,7 @@ def test_what_is_mapped_takes_no_memory_of_the_process(tmp_path: Path) -> None:
 def test_a_saved_store_is_mapped_or_read(tmp_path: Path) -> None:
     model, path = FAMILIES["llama"](), tmp_path / "document"
     with imdc.patch(model, **TIGHT, recall="host") as handle:
-        imdc.save_cache(handle.read(text(300)), path)
+        imdc.save_cache(handle.read(token_ids(300)), path)
     for recall, mapped in (("host", False), ("disk", True)):
         cache = imdc.load_cache(path, model, recall=recall)
         gc.collect()
@@ -95,13 +90,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(
     monkeypatch.setattr("imdc.prefill.text_store.shutil.disk_usage", lambda folder: usage(0, 0, needed))
     options = {**TIGHT, "recall": "disk", "recall_dir": str(tmp_path)}
     with imdc.patch(model, **options) as handle:
-        handle.read(text(300))
+        handle.read(token_ids(300))
         report = handle.report
         with pytest.raises(ConfigError, match="free; name a folder on another disk with recall_dir"):
-            handle.read(text(301))
+            handle.read(token_ids(301))
         assert handle.report is report
     with imdc.patch(model, **options, recall_limit=needed - 1) as handle, pytest.raises(ConfigError, match="more than"):
-        handle.read(text(300))
+        handle.read(token_ids(300))
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="blocks are not reserved here")
@@ -114,7 +109,7 @@ def test_a_disk_that_fills_meanwhile_raises(tmp_path: Path, monkeypatch: pytest.
         imdc.patch(FAMILIES["llama"](), **TIGHT, recall="disk", recall_dir=str(tmp_path)) as handle,
         pytest.raises(ConfigError, match=r"no room for 37\.5 KiB .*No space left.*recall_dir"),
     ):
-        handle.read(text(300))
+        handle.read(token_ids(300))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,7 +119,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         imdc.patch(FAMILIES["llama"](), **TIGHT, recall="disk", recall_dir=missing) as handle,
         pytest.raises(ConfigError, match="is no folder that can be written to"),
     ):
-        handle.read(text(300))
+        handle.read(token_ids(300))
     with pytest.raises(ConfigError, match="recall_dir='x' has no effect with recall='host'; set recall='disk'"):
         PrefillConfig(recall="host", recall_dir="x")
     assert "on disk" in str(imdc.plan(FAMILIES["llama"](), 300, **TIGHT, recall="disk"))

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
-from torch import Tensor
+from tiny_models import build, token_ids
 
 import imdc
 from imdc.errors import UnsupportedCallError
@@ -18,24 +17,20 @@ TIGHT: dict[str, Any] = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens":
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("recall_dtype", ["model", "int8"])
 @pytest.mark.parametrize("recall", ["host", "disk"])
 def test_a_document_read_in_inference_mode_is_asked_outside(recall: str, recall_dtype: str) -> None:
     with imdc.patch(build("llama"), recall=recall, recall_dtype=recall_dtype, **TIGHT) as handle:
         with torch.inference_mode():
-            cache = handle.read(text(200))
-        asked = handle.ask(cache, text(6, 2), **GREEDY)
-        torch.testing.assert_close(asked, handle.ask(handle.read(text(200)), text(6, 2), **GREEDY))
+            cache = handle.read(token_ids(200))
+        asked = handle.ask(cache, token_ids(6, seed=2), **GREEDY)
+        torch.testing.assert_close(asked, handle.ask(handle.read(token_ids(200)), token_ids(6, seed=2), **GREEDY))
 
 
 def test_a_cache_of_inference_mode_is_cropped_outside() -> None:
     with imdc.patch(build("llama"), memory_tokens=400) as handle:
         with torch.inference_mode():
-            cache = handle.read(text(200))
+            cache = handle.read(token_ids(200))
         cache.crop(-10)
         assert (cache.tail, cache.stored_tokens(), cache.rows.tokens.tolist()) == (0, 190, [190])
 
@@ -43,10 +38,10 @@ def test_a_cache_of_inference_mode_is_cropped_outside() -> None:
 def test_a_document_with_a_store_is_not_cropped() -> None:
     # Questions would take back what was cut.
     with imdc.patch(build("llama"), memory_tokens=400, recall="host") as handle:
-        cache = handle.read(text(200))
+        cache = handle.read(token_ids(200))
         with pytest.raises(UnsupportedCallError, match="would cut tokens of the document, which its store keeps"):
             cache.crop(-50)
-        assert cache.stored_tokens() == 200 and handle.ask(cache, text(6, 2), **GREEDY).shape == (1, 8)
+        assert cache.stored_tokens() == 200 and handle.ask(cache, token_ids(6, seed=2), **GREEDY).shape == (1, 8)
 
 
 @pytest.mark.parametrize("recall", ["none", "host"])
@@ -54,9 +49,9 @@ def test_layers_may_keep_nothing(recall: str) -> None:
     model = build("llama", num_hidden_layers=6)
     options = {**TIGHT, "sink_tokens": 0, "recent_tokens": 0, "memory_tokens": 8, "layer_budget": "pyramid"}
     with imdc.patch(model, schedule="fm", recall=recall, **options) as handle:
-        cache = handle.read(text(200))
+        cache = handle.read(token_ids(200))
         assert 0 in [layer.stored for layer in cache.layers]
-        assert handle.ask(cache, text(6, 2), **GREEDY).shape == (1, 8)
+        assert handle.ask(cache, token_ids(6, seed=2), **GREEDY).shape == (1, 8)
 
 
 @pytest.mark.parametrize("recall", ["none", "host"])
@@ -70,8 +65,8 @@ def test_an_answer_that_fits_the_window_drops_nothing(recall: str, monkeypatch: 
     monkeypatch.setattr(Engine, "prefill", watched)
     model = build("llama", max_position_embeddings=256)
     with imdc.patch(model, recall=recall, **{**TIGHT, "memory_tokens": 60, "chunk_tokens": 100}) as handle:
-        cache = handle.read(text(1000), room=190)
-        handle.ask(cache, text(6, 3), **{**GREEDY, "max_new_tokens": 180})
+        cache = handle.read(token_ids(1000), room=190)
+        handle.ask(cache, token_ids(6, seed=3), **{**GREEDY, "max_new_tokens": 180})
     assert compressed and not any(compressed)
 
 
@@ -81,11 +76,11 @@ def test_an_interrupted_turn_leaves_a_cache_that_decodes() -> None:
             raise KeyboardInterrupt
 
     armed: list[bool] = []
-    model, one = build("llama"), text(1, 9)
+    model, one = build("llama"), token_ids(1, seed=9)
     with imdc.patch(model, on_step=interrupt, **TIGHT) as handle:
-        cache = handle.read(text(200))
+        cache = handle.read(token_ids(200))
         armed.append(True)
-        turn = torch.cat((text(200), text(40, 2)), dim=1)
+        turn = torch.cat((token_ids(200), token_ids(40, seed=2)), dim=1)
         with pytest.raises(KeyboardInterrupt):
             model.generate(turn, past_key_values=cache, **GREEDY)
         armed.clear()

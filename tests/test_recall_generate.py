@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, token_ids
 from torch import Tensor
 
 import imdc
@@ -20,10 +20,6 @@ TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_toke
 OTHERS: list[dict[str, Any]] = [{"layer_budget": "pyramid"}, {"recall": "disk"}, {"recall_dtype": "int8"}]
 TAIL = PrefillConfig().observation_tokens
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-
-
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, Tensor]]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_memory_that_holds_the_prompt_answers_as_the_unpatched_model(family: str, every: int) -> None:
-    model, prompt = FAMILIES[family](), text(150)
+    model, prompt = FAMILIES[family](), token_ids(150)
     wanted, short = model.generate(prompt, **GREEDY), model.generate(prompt[:, :1], **GREEDY)
     with imdc.patch(model, memory_tokens=256, chunk_tokens=32, recall="host", recall_every=every) as handle:
         assert torch.equal(model.generate(prompt, **GREEDY), wanted)
@@ -60,7 +56,7 @@ def test_a_memory_that_holds_the_prompt_answers_as_the_unpatched_model(family: s
     ids=str,
 )
 def test_a_prompt_is_a_document_and_a_question(family: str, positions: str, options: dict[str, Any]) -> None:
-    model, prompt = FAMILIES[family](), text(300)
+    model, prompt = FAMILIES[family](), token_ids(300)
     document, question = prompt[:, :-TAIL], prompt[:, -TAIL:]
     padded = torch.cat((torch.zeros(1, 7, dtype=torch.long), prompt), dim=1)
     with imdc.patch(model, **{**TIGHT, **options}, positions=positions) as handle:
@@ -83,7 +79,7 @@ def test_a_prompt_is_a_document_and_a_question(family: str, positions: str, opti
 def test_an_answer_takes_back_anew(
     every: int, taken: list[tuple[int, int, int, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, prompt = FAMILIES["gemma3"](), text(300)
+    model, prompt = FAMILIES["gemma3"](), token_ids(300)
     # Means of random keys lead nowhere, and what the question had taken would stay.
     monkeypatch.setattr(recalling, "compared_blocks", lambda kept, tokens: 0)
     with imdc.patch(model, **TIGHT, recall_every=every, positions="original") as handle:
@@ -105,7 +101,7 @@ def test_an_answer_takes_back_anew(
 
 def test_renewals_find_the_same_in_compact_positions(taken: list[tuple[int, int, int, Tensor]]) -> None:
     """Neither the text nor what follows it passes the window, so the first layer's keys stand where they always do."""
-    model, prompt = FAMILIES["llama"](), text(300)
+    model, prompt = FAMILIES["llama"](), token_ids(300)
     found = []
     for positions in ("original", "compact"):
         taken.clear()
@@ -126,9 +122,9 @@ def _always_five(ids: Tensor, scores: Tensor) -> Tensor:
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_rows_renew_as_each_alone(positions: str) -> None:
     model = FAMILIES["gemma3"]()
-    questions = [text(9, 1), text(5, 2), text(14, 3)]
+    questions = [token_ids(9, seed=1), token_ids(5, seed=2), token_ids(14, seed=3)]
     with imdc.patch(model, **TIGHT, positions=positions, recall_every=2) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         alone = [handle.ask(cache, one, **GREEDY) for one in questions]
         assert torch.equal(handle.ask(cache, questions, **GREEDY), torch.cat(alone))
         beams = handle.ask(cache, questions[0], num_beams=3, **GREEDY)
@@ -141,7 +137,7 @@ def test_the_device_stays_bounded() -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT, recall_every=4) as handle:
         for length in (200, 1000):
-            cache = model.generate(text(length), **GREEDY, return_dict_in_generate=True).past_key_values
+            cache = model.generate(token_ids(length), **GREEDY, return_dict_in_generate=True).past_key_values
             assert [layer.stored for layer in cache.layers] == [64 + TAIL + 7] * 3
             assert handle.report is not None and max(step.memory_after for step in handle.report.steps) == 64 + TAIL
 
@@ -149,17 +145,25 @@ def test_the_device_stays_bounded() -> None:
 @pytest.mark.parametrize(
     ("options", "call", "message"),
     [
-        ({}, lambda m, h: m.generate(text(100).repeat(2, 1), **GREEDY), "2 rows, and recall='host' reads one prompt"),
-        ({}, lambda m, h: m(text(100), past_key_values=h.new_cache()), "leave it out for forward"),
-        ({}, lambda m, h: m.generate(text(100), past_key_values=h.new_cache(), **GREEDY), "an empty cache with recall"),
+        (
+            {},
+            lambda m, h: m.generate(token_ids(100).repeat(2, 1), **GREEDY),
+            "2 rows, and recall='host' reads one prompt",
+        ),
+        ({}, lambda m, h: m(token_ids(100), past_key_values=h.new_cache()), "leave it out for forward"),
+        (
+            {},
+            lambda m, h: m.generate(token_ids(100), past_key_values=h.new_cache(), **GREEDY),
+            "an empty cache with recall",
+        ),
         (
             {"recall_every": 2},
-            lambda m, h: m.generate(text(100), prompt_lookup_num_tokens=3, **GREEDY),
+            lambda m, h: m.generate(token_ids(100), prompt_lookup_num_tokens=3, **GREEDY),
             "recall_every=2 counts single tokens",
         ),
         (
             {"recall_every": 2},
-            lambda m, h: h.ask(h.read(text(100)), text(9), prompt_lookup_num_tokens=3, **GREEDY),
+            lambda m, h: h.ask(h.read(token_ids(100)), token_ids(9), prompt_lookup_num_tokens=3, **GREEDY),
             "recall_every=2 counts single tokens",
         ),
     ],
@@ -167,10 +171,10 @@ def test_the_device_stays_bounded() -> None:
 def test_what_cannot_take_back_is_refused(options: dict[str, Any], call: Any, message: str) -> None:
     model = FAMILIES["llama"]()
     with imdc.patch(model, **TIGHT, **options) as handle:
-        wanted = model.generate(text(100), **GREEDY)
+        wanted = model.generate(token_ids(100), **GREEDY)
         with pytest.raises(UnsupportedCallError, match=message):
             call(model, handle)
-        assert torch.equal(model.generate(text(100), **GREEDY), wanted)
+        assert torch.equal(model.generate(token_ids(100), **GREEDY), wanted)
 
 
 def test_assistants_have_no_recall() -> None:
@@ -180,18 +184,18 @@ def test_assistants_have_no_recall() -> None:
         imdc.patch(assistant, **TIGHT),
         pytest.raises(UnsupportedCallError, match="not for an assistant model"),
     ):
-        model.generate(text(100), assistant_model=assistant, **GREEDY)
+        model.generate(token_ids(100), assistant_model=assistant, **GREEDY)
 
 
 def test_the_cache_of_an_answer_is_over_with_it(tmp_path: Path) -> None:
-    model, prompt = FAMILIES["llama"](), text(300)
+    model, prompt = FAMILIES["llama"](), token_ids(300)
     with imdc.patch(model, **TIGHT) as handle, torch.no_grad():
         result = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
-        cache, more = result.past_key_values, torch.cat((result.sequences, text(9, 1)), dim=1)
+        cache, more = result.past_key_values, torch.cat((result.sequences, token_ids(9, seed=1)), dim=1)
         with pytest.raises(UnsupportedCallError, match="cannot go on.*pass the whole conversation"):
             model.generate(more, past_key_values=cache, **GREEDY)
         with pytest.raises(UnsupportedCallError, match="that of one question.*ask the one that read"):
-            handle.ask(cache, text(9), **GREEDY)
+            handle.ask(cache, token_ids(9), **GREEDY)
         with pytest.raises(UnsupportedCallError, match="that of one question.*save the one"):
             imdc.save_cache(cache, tmp_path / "cache")
         assert not list(tmp_path.iterdir())
@@ -201,7 +205,7 @@ def test_the_cache_of_an_answer_is_over_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("every", [0, 1], ids=["the prompt", "the answer too"])
 def test_a_model_may_leave_the_scale_to_the_attention(every: int) -> None:
-    model, prompt = FAMILIES["llama"](), text(300)
+    model, prompt = FAMILIES["llama"](), token_ids(300)
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
     logits = []
     with imdc.patch(model, **TIGHT, recall_every=every):
@@ -216,7 +220,7 @@ def test_compressing_an_answer_ends_its_renewals(taken: list[tuple[int, int, int
     model = FAMILIES["gemma3"]()
     with imdc.patch(model, **TIGHT, recall_every=2, decode_tokens=5):
         cache = model.generate(
-            text(300), **{**GREEDY, "max_new_tokens": 20}, return_dict_in_generate=True
+            token_ids(300), **{**GREEDY, "max_new_tokens": 20}, return_dict_in_generate=True
         ).past_key_values
     assert [own - TAIL for _, _, own, _ in taken] == [0, 2, 4]
     assert cache.stored_tokens() <= 64 + 5

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import FAMILIES, build
+from tiny_models import FAMILIES, build, token_ids
 from torch import Tensor
 
 import imdc
@@ -28,10 +28,6 @@ TIGHT: dict[str, Any] = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens":
 INT8: dict[str, Any] = {"recall": "host", "recall_dtype": "int8"}
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FULL_LAYERS, KV_HEADS, HEAD = 3, 2, 16
-
-
-def text(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def pairs(tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +81,7 @@ def test_what_is_stored_does_not_depend_on_the_chunks(folder: bool, tmp_path: Pa
 def test_sizes_are_those_of_the_plan(dtype: torch.dtype) -> None:
     model, width = FAMILIES["llama"]().to(dtype), KV_HEADS * HEAD
     with imdc.patch(model, **TIGHT, **INT8) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         assert handle.report is not None and cache.store is not None
         stored = handle.report.host_bytes
     # Three groups of tokens, and a step and a zero for each channel, then for each token and head.
@@ -95,9 +91,9 @@ def test_sizes_are_those_of_the_plan(dtype: torch.dtype) -> None:
     assert stored == cache.store.nbytes() == imdc.plan(model, 300, **TIGHT, **INT8).to_dict()["host_bytes"]
     assert "(int8)" in str(imdc.plan(model, 300, **TIGHT, **INT8))
     with imdc.patch(model, **TIGHT, **INT8, recall_limit=stored) as handle:
-        assert handle.read(text(300)).store is not None
+        assert handle.read(token_ids(300)).store is not None
         with pytest.raises(ConfigError, match="301 tokens, more than recall_limit"):
-            handle.read(text(301))
+            handle.read(token_ids(301))
 
 
 def test_heads_of_the_usual_size_take_half_of_bfloat16_and_a_quarter_of_float32() -> None:
@@ -114,9 +110,9 @@ def test_heads_of_the_usual_size_take_half_of_bfloat16_and_a_quarter_of_float32(
 @pytest.mark.parametrize("recall", ["host", "disk"])
 def test_saved_questions_and_batches_recall_alike(positions: str, recall: str, tmp_path: Path) -> None:
     model, path = FAMILIES["gemma3"](), tmp_path / "document"
-    questions = torch.cat([text(9, seed) for seed in (1, 2)])
+    questions = torch.cat([token_ids(9, seed=seed) for seed in (1, 2)])
     with imdc.patch(model, **TIGHT, recall=recall, recall_dtype="int8", positions=positions) as handle:
-        cache = handle.read(text(300))
+        cache = handle.read(token_ids(300))
         imdc.save_cache(cache, path)
         alone = torch.cat([handle.ask(cache, one[None], **GREEDY) for one in questions])
         assert torch.equal(handle.ask(cache, questions, **GREEDY), alone)
@@ -136,7 +132,7 @@ def test_a_reading_that_began_again_stores_what_one_does_that_did_not(monkeypatc
     """Out of memory in the second step, when keys of the first wait for their group to fill."""
     model = build("llama")
     with imdc.patch(model, **{**TIGHT, "chunk_tokens": 40}, **INT8) as handle:
-        wanted = handle.read(text(300)).store
+        wanted = handle.read(token_ids(300)).store
     with imdc.patch(model, **{**TIGHT, "chunk_tokens": 80}, **INT8) as handle, pytest.warns(match="out of memory"):
         write, failures = HostStore.write, [torch.OutOfMemoryError("injected")]
 
@@ -146,7 +142,7 @@ def test_a_reading_that_began_again_stores_what_one_does_that_did_not(monkeypatc
             write(self, layer, start, keys, values)
 
         monkeypatch.setattr(HostStore, "write", once)
-        got = handle.read(text(300)).store
+        got = handle.read(token_ids(300)).store
         assert handle.report is not None and handle.report.restarts == 1
     assert got is not None and wanted is not None
     # The first layer's pairs do not depend on what was evicted.
@@ -158,7 +154,7 @@ def test_versions_that_do_not_know_the_codes_refuse_the_file(tmp_path: Path, mon
     model, formats = FAMILIES["llama"](), {}
     for dtype in ("model", "int8"):
         with imdc.patch(model, **TIGHT, recall="host", recall_dtype=dtype) as handle:
-            imdc.save_cache(handle.read(text(300)), tmp_path / dtype)
+            imdc.save_cache(handle.read(token_ids(300)), tmp_path / dtype)
         with safe_open(tmp_path / dtype, framework="pt") as file:
             formats[dtype] = json.loads(file.metadata()["imdc"])["format"]
     # The file of a store in the model's dtype is read by versions before this one.
@@ -184,9 +180,9 @@ def test_reading_takes_what_the_plan_says(dtype: torch.dtype) -> None:
     made = imdc.plan(model, 640, **sizes)
     assert "storing" in {step.footprint.phase for step in made.steps}
     with imdc.patch(model, **sizes) as handle:
-        handle.read(text(640))
+        handle.read(token_ids(640))
         with DispatchAllocations() as counter:
-            cache = handle.read(text(640))
+            cache = handle.read(token_ids(640))
             measured = counter.take_peak()
     assert cache.store is not None
     reading = max(step.footprint.above_weights for step in made.steps)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, greedy
+from tiny_models import FAMILIES, build, greedy, token_ids
 from torch import Tensor
-from traces import TIGHT, FailingAt, prompt, trace_of
+from traces import TIGHT, FailingAt, trace_of
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import imdc
@@ -69,7 +69,7 @@ def test_threads_of_models_that_share_a_config_do_not_meet(switching: None, impl
     assert first.config is second.config is plain.config
 
     def answers(model: PreTrainedModel) -> list[list[int]]:
-        return [greedy(model, prompt(90 + 7 * seed, seed)).sequences[0].tolist() for seed in range(4)]
+        return [greedy(model, token_ids(90 + 7 * seed, seed=seed)).sequences[0].tolist() for seed in range(4)]
 
     own = first.config._attn_implementation
     with imdc.patch(first, **TIGHT), imdc.patch(second, schedule="fm", observer="window", **TIGHT):
@@ -84,8 +84,8 @@ def test_two_threads_may_use_one_patched_model(switching: None) -> None:
     model = FAMILIES["gemma3"]()
 
     def talk(seed: int) -> list[int]:
-        one = greedy(model, prompt(100, seed))
-        history = torch.cat((one.sequences, prompt(30, seed + 50)), dim=1)
+        one = greedy(model, token_ids(100, seed=seed))
+        history = torch.cat((one.sequences, token_ids(30, seed=seed + 50)), dim=1)
         return greedy(model, history, past_key_values=one.past_key_values).sequences[0].tolist()
 
     with imdc.patch(model, **TIGHT):
@@ -102,14 +102,14 @@ def test_a_thread_that_fails_disturbs_no_other(switching: None) -> None:
         for number in range(1, 8):
             with FailingAt(first.model.layers[1], number, KeyboardInterrupt):
                 try:
-                    greedy(first, prompt())
+                    greedy(first, token_ids())
                 except KeyboardInterrupt:
                     failures += 1
         return failures
 
     with imdc.patch(first, **TIGHT), imdc.patch(second, **TIGHT):
-        wanted = greedy(second, prompt()).sequences
-        failures, answers = together(fail, lambda: [greedy(second, prompt()).sequences for _ in range(7)])
+        wanted = greedy(second, token_ids()).sequences
+        failures, answers = together(fail, lambda: [greedy(second, token_ids()).sequences for _ in range(7)])
     assert failures == 7
     assert all(torch.equal(answer, wanted) for answer in answers)
     assert not hook._overlays
@@ -121,9 +121,9 @@ def test_a_thread_that_fails_disturbs_no_other(switching: None) -> None:
 def test_a_failure_in_the_prefill_leaves_model_and_cache(family: str, place: str, failure: type[BaseException]) -> None:
     model = FAMILIES[family]()
     with imdc.patch(model, **TIGHT) as handle:
-        fresh = greedy(model, prompt()).sequences
-        first = greedy(model, prompt())
-        history = torch.cat((first.sequences, prompt(60, seed=1)), dim=1)
+        fresh = greedy(model, token_ids()).sequences
+        first = greedy(model, token_ids())
+        history = torch.cat((first.sequences, token_ids(60, seed=1)), dim=1)
         wanted = greedy(model, history, past_key_values=first.past_key_values.copy()).sequences
         assert handle.report is not None
         cache, before = first.past_key_values, trace_of(model)
@@ -135,7 +135,7 @@ def test_a_failure_in_the_prefill_leaves_model_and_cache(family: str, place: str
         changed = {key for key, value in trace_of(model).items() if value != before[key]} - {"._imdc_handle"}
         assert not changed
         assert torch.equal(greedy(model, history, past_key_values=cache).sequences, wanted)
-        assert torch.equal(greedy(model, prompt()).sequences, fresh)
+        assert torch.equal(greedy(model, token_ids()).sequences, fresh)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -144,18 +144,18 @@ def test_a_failure_in_the_prefill_leaves_model_and_cache(family: str, place: str
 def test_a_failure_while_decoding_leaves_whole_tokens(family: str, place: str, failure: type[BaseException]) -> None:
     model = FAMILIES[family]()
     with imdc.patch(model, **TIGHT) as handle:
-        answer = greedy(model, prompt()).sequences
+        answer = greedy(model, token_ids()).sequences
         assert handle.report is not None
         reads = len(handle.report.steps)
         cache = handle.new_cache()
         with pytest.raises(failure), FailingAt(model.model.get_submodule(place), reads + 5, failure):
-            greedy(model, prompt(), past_key_values=cache)
+            greedy(model, token_ids(), past_key_values=cache)
         # Four decoded tokens are in the cache; the fifth, which failed, is in no layer of it.
         assert [layer.get_seq_length() for layer in cache.layers] == [110 + 4] * 3
         resumed = greedy(model, answer[:, : 110 + 5], past_key_values=cache.copy()).sequences
         assert torch.equal(resumed[:, : 110 + 5], answer[:, : 110 + 5])
         again = handle.new_cache()
-        model.generate(prompt(), past_key_values=again, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        model.generate(token_ids(), past_key_values=again, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert content_of(again) == content_of(cache)
 
 
@@ -168,7 +168,7 @@ def test_an_observer_of_steps_may_fail() -> None:
 
     before = trace_of(model)
     with pytest.raises(KeyboardInterrupt), imdc.patch(model, on_step=interrupt, **TIGHT):
-        greedy(model, prompt())
+        greedy(model, token_ids())
     assert trace_of(model) == before
 
 
@@ -184,8 +184,8 @@ def test_a_cache_that_could_not_be_built_is_empty_and_reads_anew(monkeypatch: py
         return stack(*args)
 
     with imdc.patch(model, **TIGHT):
-        first = greedy(model, prompt().repeat(2, 1))
-        history = torch.cat((first.sequences, prompt(60, seed=1).expand(2, -1)), dim=1)
+        first = greedy(model, token_ids().repeat(2, 1))
+        history = torch.cat((first.sequences, token_ids(60, seed=1).expand(2, -1)), dim=1)
         cache = first.past_key_values
         with monkeypatch.context() as patched:
             patched.setattr(ImdcCache, "_stack", staticmethod(failing))

@@ -70,6 +70,11 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: functools.partial(build, family) for family in _CLASSES}
 
 
+def token_ids(length: int = 110, rows: int = 1, *, seed: int = 0) -> torch.Tensor:
+    """Random tokens [rows, length] that no tiny model takes for padding or an end."""
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
 def greedy(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> GenerateDecoderOnlyOutput:
     """Twelve greedy tokens with their logits and the cache."""
     options.setdefault("attention_mask", torch.ones_like(ids))
