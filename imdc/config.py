@@ -38,7 +38,7 @@ SUMMARY_TOKENS = 16
 # next to nothing of a small memory: of 219 tokens 19, which finds 5 of 10 needles where the floor finds 9. A higher
 # floor would cost the peak that shrinking chunks save where memory is large against the chunk (M = 1.8 C).
 _FIRST_SHARE, _LEAST_FIRST = 0.25, 192
-_BYTES_REMEDY = "give an int for bytes (on the command line a size such as 24GiB)"
+BYTES_REMEDY = "give an int for bytes (on the command line a size such as 24GiB)"
 
 
 @with_presets
@@ -204,7 +204,7 @@ class PrefillConfig:
                     f"set chunk_tokens='auto' to fit the chunks into the limit, or leave memory_limit out"
                 )
         if isinstance(self.memory_limit, float):
-            check_share("memory_limit", self.memory_limit, "the device's memory", _BYTES_REMEDY)
+            check_share("memory_limit", self.memory_limit, "the device's memory", BYTES_REMEDY)
         elif self.memory_limit is not None:
             check_int("memory_limit", self.memory_limit, 1)
 

@@ -19,16 +19,6 @@ from imdc.model.parts import Parts
 
 # Elements of each weight, evenly spread, that go into its sample: a merged adapter changes almost every element.
 _SAMPLE = 64
-# What torch.compile and FSDP put into the names of what they wrap.
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 # Fields of configs that say how keys and values are computed, as far as a model has them.
 _COMPUTING = (
     "attention_multiplier",
@@ -44,6 +34,14 @@ _COMPUTING = (
     "residual_multiplier",
     "rms_norm_eps",
 )
+# What torch.compile and FSDP put into the names of what they wrap.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def facts(parts: Parts) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from imdc.config import PrefillConfig
+from imdc.config import BYTES_REMEDY, PrefillConfig
 from imdc.errors import ConfigError
 from imdc.layer_budgets import planned_layers
 from imdc.model.backend_rule import ANY_MACHINE, AttentionTraits, Machine, choose_backend
@@ -133,8 +133,7 @@ def limit_bytes(config: PrefillConfig, device_bytes: int | None) -> int:
     if isinstance(limit, float):
         if device_bytes is None:
             raise ConfigError(
-                f"memory_limit={limit} is a share of the device, whose size is not known here; "
-                f"give an int for bytes (on the command line a size such as 24GiB)"
+                f"memory_limit={limit} is a share of the device, whose size is not known here; {BYTES_REMEDY}"
             )
         return round(limit * device_bytes)
     assert limit is not None, "PrefillConfig asks for a limit with 'auto'"

@@ -11,6 +11,7 @@ A store in eight bits has scales besides (`imdc.cache.int8`); what is read of it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -211,17 +212,18 @@ def renewal_moved_bytes(shape: ModelShape, config: PrefillConfig, batch: Batch, 
     tokens = batch.prompt_tokens
     if config.recall == "none" or not config.recall_every:
         return 0
-    found = 0
-    for kept in stored:
-        if kept >= tokens:
-            continue
-        if compared := compared_blocks(kept, tokens):
-            keys = _gathered_key_bytes(shape, config, tokens, compared * SUMMARY_TOKENS)
-            found += _mean_key_bytes(shape, summaries(tokens)) + keys
-        else:
-            found += _compared_bytes(shape, config, 1, tokens)
-        found += _gathered_bytes(shape, config, tokens, kept)
-    return found
+    alike = Counter(kept for kept in stored if kept < tokens)
+    return sum(layers * _renewed_bytes(shape, config, tokens, kept) for kept, layers in alike.items())
+
+
+def _renewed_bytes(shape: ModelShape, config: PrefillConfig, tokens: int, kept: int) -> int:
+    """What one layer reads for that: means and the keys of the best blocks or all keys, and `kept` pairs."""
+    if compared := compared_blocks(kept, tokens):
+        keys = _gathered_key_bytes(shape, config, tokens, compared * SUMMARY_TOKENS)
+        read = _mean_key_bytes(shape, summaries(tokens)) + keys
+    else:
+        read = _compared_bytes(shape, config, 1, tokens)
+    return read + _gathered_bytes(shape, config, tokens, kept)
 
 
 def _compared_bytes(shape: ModelShape, config: PrefillConfig, rows: int, tokens: int) -> int:

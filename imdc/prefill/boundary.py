@@ -172,9 +172,8 @@ class Boundary:
         decodes = not reads and self._decodes(cache, named["input_ids"].shape[1])
         check_text(cache, named, decodes=decodes)
         if not decodes:
-            output, self.report = self._read(self._engine, cache, named)
-            if turn is not None:
-                turn.report = self.report
+            output, report = self._read(self._engine, cache, named)
+            self._keep_report(turn, report)
             return output
         if compression_due(self._parts, self._config, cache, named["input_ids"].shape[1]):
             # Only the first new token joins the compression: it is already accepted. The other candidates are decoded
@@ -268,10 +267,13 @@ class Boundary:
                 output = self._own_forward(**inputs, **{self._cache_name: cache})
         report = self.report if cache.turn is None else cache.turn.report
         if renewal is not None and report is not None:
-            self.report = report.renewed(renewal.recall.moved_bytes, renewal.recall.seconds)
-            if cache.turn is not None:
-                cache.turn.report = self.report
+            self._keep_report(cache.turn, report.renewed(renewal.recall.moved_bytes, renewal.recall.seconds))
         return output
+
+    def _keep_report(self, turn: Turn | None, report: PrefillReport) -> None:
+        self.report = report
+        if turn is not None:
+            turn.report = report
 
     def _renewal(self, cache: ImdcCache) -> Renewal | None:
         if cache.store is None or not renewal_due(self._config, cache):

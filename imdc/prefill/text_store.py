@@ -25,11 +25,12 @@ def check_recall(config: PrefillConfig, cache: ImdcCache, tokens: int) -> None:
         UnsupportedCallError: a prompt of forward() with recall, another turn over a text that has a store, or with
             recall over one that has none.
     """
-    if cache.is_empty and config.recall != "none" and cache.store is None and tokens > 1:
-        raise UnsupportedCallError(
-            f"recall={config.recall!r} is for generate(), handle.read() and handle.ask(); leave it out for forward()"
-        )
-    if config.recall != "none" and not cache.is_empty and cache.store is None and not cache.is_branch and tokens > 1:
+    if config.recall != "none" and cache.store is None and not cache.is_branch and tokens > 1:
+        if cache.is_empty:
+            raise UnsupportedCallError(
+                f"recall={config.recall!r} is for generate(), handle.read() and handle.ask(); leave it out for "
+                f"forward()"
+            )
         raise UnsupportedCallError(
             f"recall={config.recall!r} with a cache whose text has no store, so nothing could be taken back; pass the "
             f"whole conversation as input_ids and no cache, or leave recall out"
