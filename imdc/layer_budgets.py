@@ -69,7 +69,9 @@ def share_out(
         # Later turns and answers are compressed to the shares that were found.
         return _level(layers * mean, [float(held) for held in before], flat, always, room)
     shares = [math.exp(value) for value in measured] if measured else [float(held or 1) for held in before]
-    return _level(layers * mean, shares, flat, [min(*both) for both in zip(before, room, strict=True)], room)
+    # No less than before, and no less than sinks and recent tokens, which a first short chunk may not have filled.
+    least = [max(min(held, most), forced) for held, most, forced in zip(before, room, always, strict=True)]
+    return _level(layers * mean, shares, flat, least, room)
 
 
 def pyramid_shares(layers: int) -> list[float]:

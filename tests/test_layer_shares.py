@@ -54,6 +54,14 @@ def test_every_budget_hands_out_the_same_total(case: tuple[PrefillConfig, int, t
         before = after
 
 
+@pytest.mark.parametrize("budget", MEASURED_BUDGETS)
+def test_a_layer_of_low_share_still_keeps_its_recent_tokens(budget: str) -> None:
+    """The first chunk has fewer tokens than are always kept: growing layers must not stay below them."""
+    config = PrefillConfig(layer_budget=budget, memory_tokens=12, chunk_tokens=5, sink_tokens=0, recent_tokens=6)
+    assert share_out(config, Step(1, 5, 9, 5, 6), (5, 5), [3.0, 0.0]) == (6, 6)
+    assert share_out(config, Step(1, 5, 9, 5, 7), (5, 5), [3.0, 0.0]) == (8, 6)
+
+
 def test_pyramid_shares_are_those_of_pyramidkv() -> None:
     """Their code: from 2 * mean - mean / beta down to mean / beta in equal steps, beta 20."""
     mean, layers = 2000, 30
