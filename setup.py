@@ -51,7 +51,7 @@ setup(
         "einops>=0.8",
         "rich>=13.7",
         "safetensors>=0.8",
-        "torch>=2.6",
+        "torch>=2.11",
         # The upper bound is the release after the newest tested one, so that nobody gets an untested release unasked.
         "transformers>=5.17,<5.25",
     ],
