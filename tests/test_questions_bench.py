@@ -61,6 +61,7 @@ def test_a_run_goes_on_where_it_stopped(
     full, recall, known, own = map(json.loads, lines)
     assert [line["way"] for line in (full, recall, known, own)] == ["full", "recall", "known", "own"]
     assert full["facts"] == known["facts"] and len(full["scores"]) == 6
+    assert full["read_cpu_seconds"] > 0 and len(full["question_cpu_seconds"]) == 6
     assert full["kv_bytes"] > 7 * recall["kv_bytes"] == 7 * known["kv_bytes"]
     assert (own["reads"], known["reads"]) == (6, 1) and own["kv_bytes"] == known["kv_bytes"]
     assert recall["recalled_bytes"] > 0 == known["recalled_bytes"]
