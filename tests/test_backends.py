@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DEVICE
-from tiny_models import FAMILIES, greedy
+from tiny_models import FAMILIES, greedy, token_ids
 
 import imdc
 from imdc.config import PrefillConfig
@@ -64,7 +64,7 @@ def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, option
     model = FAMILIES[family](num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) if (
         family == "gemma3") else FAMILIES[family](num_hidden_layers=2)  # fmt: skip
     model.to(DEVICE)
-    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = token_ids(90).to(DEVICE)
     outputs = {}
     for backend in ("reference", "triton"):
         with imdc.patch(

@@ -10,8 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, token_ids
 
 import imdc
 
@@ -152,7 +151,7 @@ def test_append_only_evicts_nothing_that_it_kept_once(load: Load) -> None:
         "append-only,im:initial_memory=0.25", shares=[amount("1/2")], chunk=amount("64"), observer="prompt_tail"
     )
     assert len({way.key for way in ways}) == 2
-    ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
+    ids = token_ids(256)
     fallen = []
     for way in ways:
         model = FAMILIES["llama"]()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from kernel_cases import DEVICE, ON_DEVICE
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, token_ids
 
 from imdc.config import PrefillConfig
 from imdc.model.backend_rule import ANY_MACHINE, Machine
@@ -39,7 +38,7 @@ def test_prediction_is_the_measured_peak_with_triton(options: dict[str, Any], mo
         # What is allocated does not depend on what is computed, and the interpreter holds on to tensors.
         monkeypatch.setattr(Launch, "run", lambda *_: None)
     model = FAMILIES["llama"](num_hidden_layers=2, intermediate_size=8, max_position_embeddings=4096).to(DEVICE)
-    ids = torch.randint(3, 128, (1, 1200), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = token_ids(1200).to(DEVICE)
     measured = measure(model, ids, PrefillConfig(**SIZES | options))
     assert measured.backend == "triton"
     dropping = [step for step in measured.steps if step.step.memory_after < step.step.attended_tokens]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DEVICE, ON_DEVICE
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -70,7 +70,7 @@ def test_a_layer_queues_its_kernels_and_six_operators(
     chunk_attention._plan.forget()
     plan_step.forget()
     model = FAMILIES["llama"](num_hidden_layers=2).to(DEVICE)
-    ids = torch.randint(3, 128, (1, 210), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = token_ids(210).to(DEVICE)
     sizes: dict[str, Any] = {"memory_tokens": 90, "chunk_tokens": 70, "recent_tokens": 8, "schedule": "fm"}
     with imdc.patch(model, backend="triton", **sizes, **options) as handle:
         model(ids, logits_to_keep=1, past_key_values=handle.new_cache())

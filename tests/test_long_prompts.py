@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 from torch.nn.attention import SDPBackend
 
 import imdc
@@ -43,7 +43,7 @@ def faked_device(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     Bytes are those that operators return, seconds those of the CPU, and a large matrix product runs at 1 GFLOP/s.
     """
-    ids = torch.randint(3, 128, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = token_ids(TOKENS)
     model = build("llama")
 
     def ceilings(timings: Any) -> None:

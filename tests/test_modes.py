@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mode_cases import LENGTH, NEW, ROOMY, TIGHT, Calls, assistant_of, generate, model_of, prompt
-from tiny_models import FAMILIES, build
+from tiny_models import FAMILIES, build, token_ids
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -155,7 +155,7 @@ def test_tight_memory_decodes_as_its_own_greedy(family: str, mode: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tight_beams_of_a_row_are_those_of_the_row_alone(family: str) -> None:
     model = model_of(family)
-    other = torch.randint(3, 128, (1, LENGTH), generator=torch.Generator().manual_seed(5))
+    other = token_ids(LENGTH, seed=5)
     rows = torch.cat((prompt(), other, prompt()))
     with imdc.patch(model, **TIGHT) as handle:
         together = generate(model, rows, num_beams=3)

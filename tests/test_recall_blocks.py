@@ -8,7 +8,7 @@ import pytest
 import torch
 from imdc.kernels.reference import rotate
 from recall_cases import random_recall
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, token_ids
 from torch import Tensor
 
 import imdc
@@ -106,7 +106,7 @@ def test_blocks_may_hold_many_means(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_of_a_model_reads_less(positions: str) -> None:
     model = FAMILIES["llama"]()
     sizes = {"memory_tokens": 64, "chunk_tokens": 64, "positions": positions, "recall": "host"}
-    ids = torch.randint(3, 128, (1, 1000), generator=torch.Generator().manual_seed(0))
+    ids = token_ids(1000)
     with imdc.patch(model, **sizes, recall_every=1) as handle:
         model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
         assert handle.report is not None
