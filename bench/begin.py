@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,15 @@ def run(args: argparse.Namespace, benchmark: Callable[[argparse.Namespace], int]
     except ImdcError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def stopwatch() -> Callable[[], tuple[float, float]]:
+    """A function that says how long ago this was: seconds, and those of the processor in all threads.
+
+    The latter are what other work on the machine does not lengthen.
+    """
+    began, cpu_began = time.perf_counter(), time.process_time()
+    return lambda: (time.perf_counter() - began, time.process_time() - cpu_began)
 
 
 def drawn(draw: Callable[[Path], None], path: Path) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from begin import stopwatch
 from fidelity_questions import Question
 from longbench_ways import Way
 from torch import Tensor
@@ -43,15 +43,15 @@ def read(model: Any, tokenizer: Any, question: Question, way: Way, unpatched: Se
     gold = question.gold or tokenizer(record.answers[0], add_special_tokens=False).input_ids[:_MOST_SCORED]
     config = way.config(len(question.ids))
     with _cache(model, config) as (cache, handle):
-        began, cpu_began = time.perf_counter(), time.process_time()
+        elapsed = stopwatch()
         recalls = config is not None and config.recall != "none"
         logits, cache = _asked(model, ids) if recalls else (_forward(model, ids, cache), cache)
-        ttft, cpu_ttft = time.perf_counter() - began, time.process_time() - cpu_began
+        ttft, cpu_ttft = elapsed()
         before = copy.deepcopy(cache)
         gold_nats = _nats(model, copy.deepcopy(before), logits, gold)
-        began = time.perf_counter()
+        elapsed = stopwatch()
         new = _greedy(model, cache, logits, record.task.max_new_tokens)
-        seconds = time.perf_counter() - began
+        seconds, _ = elapsed()
         own_nats = _nats(model, before, logits, (new if config is None else unpatched or [])[:_MOST_SCORED])
         steps = [] if handle is None or handle.report is None else handle.report.steps
         plan = [[step.chunk_tokens, step.memory_before, step.memory_after] for step in steps]

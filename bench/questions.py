@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from begin import drawn, model_source, run
+from begin import drawn, model_source, run, stopwatch
 from questions_data import HAYSTACKS, LEVAL, Document, documents
 from questions_report import document_of, draw, table
 from record import ROOT, circumstances, relative
@@ -56,19 +56,17 @@ def measure(model: Any, tokenizer: Any, one: Document, way: str, share: int, chu
     asked = [frame.question(question) for question in one.questions]
     options, knows = WAYS[way]
     known = {"all": asked, "first": asked[:1], "generic": [frame.question(text) for text in GENERIC_QUESTIONS]}
-    replies, seconds, cpu_seconds, reads, read, cpu_read, moved, cache = [], [], [], 0, 0.0, 0.0, 0, None
+    replies, reading, asking, moved, cache = [], [], [], 0, None
     sizes = {"memory_tokens": ids.shape[1] // share, "chunk_tokens": chunk_tokens}
     with imdc.patch(model, **{**sizes, **options}) as handle:
         for question in asked:
             if cache is None or knows == "own":
-                began, cpu_began = time.perf_counter(), time.process_time()
+                elapsed = stopwatch()
                 cache = handle.read(ids, [question] if knows == "own" else known.get(knows or ""))
-                reads, read = reads + 1, read + time.perf_counter() - began
-                cpu_read += time.process_time() - cpu_began
-            began, cpu_began = time.perf_counter(), time.process_time()
+                reading.append(elapsed())
+            elapsed = stopwatch()
             new = handle.ask(cache, question, max_new_tokens=one.new_tokens, do_sample=False)
-            seconds.append(time.perf_counter() - began)
-            cpu_seconds.append(time.process_time() - cpu_began)
+            asking.append(elapsed())
             assert handle.report is not None
             moved += handle.report.recalled_bytes
             replies.append(tokenizer.decode(new[0], skip_special_tokens=True).strip())
@@ -81,12 +79,11 @@ def measure(model: Any, tokenizer: Any, one: Document, way: str, share: int, chu
         "scores": [one.score(number, reply) for number, reply in enumerate(replies)],
         "facts": list(one.answers),
         "answers": replies,
-        "reads": reads,
-        "read_seconds": read,
-        "question_seconds": seconds,
-        # Of the processor: what other work on the machine does not lengthen.
-        "read_cpu_seconds": cpu_read,
-        "question_cpu_seconds": cpu_seconds,
+        "reads": len(reading),
+        "read_seconds": sum(wall for wall, _ in reading),
+        "read_cpu_seconds": sum(cpu for _, cpu in reading),
+        "question_seconds": [wall for wall, _ in asking],
+        "question_cpu_seconds": [cpu for _, cpu in asking],
         "kv_bytes": cache.kv_bytes(),
         "host_bytes": 0 if cache.store is None else cache.store.nbytes(),
         "recalled_bytes": moved,
