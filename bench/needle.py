@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from begin import book_texts, run
+from begin import book_texts, run, show
 from record import RESULTS, ROOT, circumstances, options, write
 from rich.console import Console
 from rich.progress import track
@@ -79,7 +79,7 @@ def benchmark(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model or find_smollm2_gguf() or "", dtype=args.dtype)
     samples = make_samples(tokenizer, args)
     rows = measure(model, tokenizer, samples, args)
-    Console().print(table(rows, args))
+    show(table(rows, args))
     result = {
         **started,
         "model": model.config.name_or_path,

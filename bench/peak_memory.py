@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from begin import show
 from inputs import reference_ids, setting
 from record import RESULTS, circumstances, options, write
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImdcError as error:
         print(f"peak_memory.py: error: {error}", file=sys.stderr)
         return 2
-    Console().print(table(rows))
+    show(table(rows))
     result = {
         **started,
         "options": options(args),

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from begin import show
 from inputs import reference_ids, setting
 from record import RESULTS, circumstances, options, write
-from rich.console import Console
 from rich.table import Table
 
 from imdc.cli.answer import Reading, answer, quiet_transformers
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prefill.py: error: {error}", file=sys.stderr)
         return 2
     for prompt_tokens in args.prompt_tokens:
-        Console().print(table([row for row in rows if row.way.prompt_tokens == prompt_tokens]))
+        show(table([row for row in rows if row.way.prompt_tokens == prompt_tokens]))
     result = {
         **started,
         "options": options(args),

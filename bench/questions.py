@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from begin import drawn, model_source, run, stopwatch
+from begin import drawn, model_source, run, show, stopwatch
 from questions_data import HAYSTACKS, LEVAL, Document, documents
 from questions_report import document_of, draw, table
 from record import ROOT, circumstances, relative
-from rich.console import Console
 
 import imdc
 from imdc.cli.document import GENERIC_QUESTIONS, Frame
@@ -115,7 +114,7 @@ def benchmark(args: argparse.Namespace) -> int:
                     file.write(json.dumps(lines[-1]) + "\n")
                 found = f"{sum(line['scores']):.1f}/{len(line['scores'])}"
                 print(f"{name} {args.data} {one.number} {way} 1/{share}: {found}", file=sys.stderr, flush=True)
-    Console().print(table(lines))
+    show(table(lines))
     picture = args.output.with_suffix(".png")
     if drawn(partial(draw, lines), picture):
         print(f"The picture is {picture.name}")

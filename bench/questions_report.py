@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from longbench_scores import DRAWS
 from rich.table import Table
+
+_LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,9 @@ class Figures:
         documents: how many were read.
         score: sum over the questions.
         questions: how many were asked.
-        of_full: score as a share of what full attention has on the same documents; None where that was not run.
+        of_full: score as a share of what full attention has on the same documents, and the ends of its 95% interval,
+            from documents drawn anew; None where that was not run, or has nothing.
+        in_common: score of the questions that both ways answer, the lower of the two for each; None as before.
         read_seconds: mean of a document's reading, over all of its readings.
         question_seconds: mean of a question, reading not counted.
         all_in_seconds: the same with the question's share of the reading.
@@ -35,7 +41,8 @@ class Figures:
     documents: int
     score: float
     questions: int
-    of_full: float | None
+    of_full: tuple[float, float, float] | None
+    in_common: float | None
     read_seconds: float
     question_seconds: float
     all_in_seconds: float
@@ -51,12 +58,11 @@ def figures(lines: Sequence[dict[str, Any]]) -> Iterator[Figures]:
     groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["model"], line["data"], line["way"], line["share"]), []).append(line)
-    full = {document_of(line): sum(line["scores"]) for line in lines if line["way"] == "full"}
+    full = {document_of(line): line["scores"] for line in lines if line["way"] == "full"}
     for (model, data, way, share), group in groups.items():
         count = sum(len(line["scores"]) for line in group)
         # Over the same documents alone.
-        same = [line for line in group if document_of(line) in full]
-        most = sum(full[document_of(line)] for line in same)
+        pairs = [(line["scores"], full[document_of(line)]) for line in group if document_of(line) in full]
         read = sum(line["read_seconds"] for line in group)
         each = sum(sum(line["question_seconds"]) for line in group) / count
         yield Figures(
@@ -67,26 +73,45 @@ def figures(lines: Sequence[dict[str, Any]]) -> Iterator[Figures]:
             documents=len(group),
             score=sum(sum(line["scores"]) for line in group),
             questions=count,
-            of_full=sum(sum(line["scores"]) for line in same) / most if most else None,
+            of_full=_share(pairs),
+            in_common=sum(min(both) for pair in pairs for both in zip(*pair, strict=True)) if pairs else None,
             read_seconds=read / len(group),
             question_seconds=each,
             all_in_seconds=read / count + each,
         )
 
 
+def _share(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float, float] | None:
+    """(share, low, high): each document's first scores against its second ones; None where those are nothing."""
+    sums = np.array([[sum(scores) for scores in pair] for pair in pairs]).reshape(-1, 2)
+    own, base = sums.sum(axis=0)
+    if not base:
+        return None
+    draws = np.random.default_rng(0).integers(0, len(sums), (DRAWS, len(sums)))
+    drawn_own, drawn_base = sums[draws].sum(axis=1).T
+    edge = (1 - _LEVEL) / 2
+    low, high = np.quantile(drawn_own[drawn_base > 0] / drawn_base[drawn_base > 0], (edge, 1 - edge))
+    return float(own / base), float(low), float(high)
+
+
 def table(lines: Sequence[dict[str, Any]]) -> Table:
     """Scores and seconds; the last column has its share of the reading in it."""
     shown = Table(title="One read, many questions", title_justify="left")
     left = ("model", "data", "way")
-    for heading in (*left, "memory", "documents", "score", "of", "of full's", "read s", "question s", "all in s"):
+    figured = ("memory", "documents", "score", "of", "of full's [95%]", "in common", "read s", "question s", "all in s")
+    for heading in (*left, *figured):
         shown.add_column(heading, justify="left" if heading in left else "right")
     for one in figures(lines):
-        score = f"{one.score:.0f}" if one.score == int(one.score) else f"{one.score:.1f}"
-        ratio = "" if one.of_full is None else f"{one.of_full:.2f}"
+        ratio = "" if one.of_full is None else "{:.2f} [{:.2f}, {:.2f}]".format(*one.of_full)
+        common = "" if one.in_common is None else _points(one.in_common)
         times = (f"{seconds:.2f}" for seconds in (one.read_seconds, one.question_seconds, one.all_in_seconds))
-        cells = (one.memory, str(one.documents), score, str(one.questions), ratio, *times)
+        cells = (one.memory, str(one.documents), _points(one.score), str(one.questions), ratio, common, *times)
         shown.add_row(one.model, one.data, one.way, *cells)
     return shown
+
+
+def _points(score: float) -> str:
+    return f"{score:.0f}" if score == int(score) else f"{score:.1f}"
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:

@@ -65,7 +65,10 @@ def test_a_run_goes_on_where_it_stopped(
     assert full["kv_bytes"] > 7 * recall["kv_bytes"] == 7 * known["kv_bytes"]
     assert (own["reads"], known["reads"]) == (6, 1) and own["kv_bytes"] == known["kv_bytes"]
     assert recall["recalled_bytes"] > 0 == known["recalled_bytes"]
-    assert "One read, many questions" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "One read, many questions" in shown
+    # Nobody watches, so nothing is cut to the width of a terminal.
+    assert all(heading in shown for heading in ("documents", "of full's [95%]", "in common", "all in s"))
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -78,11 +81,22 @@ def test_figures_compare_the_documents_that_full_attention_read_too() -> None:
 
     lines = [line("full", 0, 1.0, 1.0), line("recall", 0, 1.0, 0.0), line("recall", 1, 1.0, 1.0)]
     full, recall = of_bench("questions_report").figures(lines)
-    assert (full.memory, full.of_full, full.score) == ("all", 1.0, 2.0)
+    assert (full.memory, full.of_full, full.score) == ("all", (1.0, 1.0, 1.0), 2.0)
     assert (recall.memory, recall.documents, recall.questions, recall.score) == ("1/8", 2, 4, 3.0)
     # Of the second document nobody knows what full attention answers.
-    assert recall.of_full == 0.5
+    assert (recall.of_full, recall.in_common) == ((0.5, 0.5, 0.5), 1.0)
     assert (recall.read_seconds, recall.question_seconds, recall.all_in_seconds) == (4.0, 2.0, 4.0)
+
+    # Three documents of which two are answered in full: drawn anew there may be all three, or none.
+    more = [line("full", seed, 1.0, 1.0) for seed in (0, 1, 2)]
+    more += [line("known", 0, 1.0, 1.0), line("known", 1, 1.0, 1.0), line("known", 2, 0.0, 0.0)]
+    *_, known = of_bench("questions_report").figures(more)
+    assert known.of_full == (pytest.approx(2 / 3), 0.0, 1.0) and known.in_common == 4.0
+    # Where full attention answers something else, nothing is in common.
+    *_, other = of_bench("questions_report").figures([line("full", 0, 1.0, 0.0), line("recall", 0, 0.0, 1.0)])
+    assert other.of_full == (1.0, 1.0, 1.0) and other.in_common == 0.0
+    *_, none = of_bench("questions_report").figures([line("full", 0, 0.0, 0.0), line("recall", 0, 0.0, 1.0)])
+    assert none.of_full is None
 
 
 @pytest.mark.slow
