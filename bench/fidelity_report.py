@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from fidelity_ways import method_of
-from longbench_scores import DRAWS
+from longbench_scores import DRAWS, LEVEL
 from longbench_ways import Amount
 
-_LEVEL = 0.95
 # Columns that carry an interval: key of a sample, factor, heading, format.
 _MEASURES = (
     ("score", 100.0, "score", "{:.1f}"),
@@ -75,7 +74,7 @@ def summarize(samples: Sequence[Mapping[str, Any]], names: Sequence[str], seed: 
 
 def _interval(values: np.ndarray, draws: np.ndarray) -> list[float]:
     """[mean, low, high] of one value per question."""
-    edge = (1 - _LEVEL) / 2
+    edge = (1 - LEVEL) / 2
     low, high = np.quantile(values[draws].mean(axis=1), (edge, 1 - edge))
     return [round(float(one), 4) for one in (values.mean(), low, high)]
 

@@ -16,7 +16,7 @@ from longbench_tasks import CATEGORIES, Task
 from longbench_ways import FULL, Way
 
 DRAWS = 2000
-_LEVEL = 0.95
+LEVEL = 0.95
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 # LongBench-E's buckets by the official length, as its `scorer_e` names them: label, below.
 BUCKETS = (("0-4k", 4000), ("4-8k", 8000), ("8k+", None))
@@ -219,7 +219,7 @@ def _ratio(means: np.ndarray, count: int) -> Cell | None:
 def _cell(values: np.ndarray, count: int) -> Cell | None:
     if not np.isfinite(values[0]):
         return None
-    edge = (1 - _LEVEL) / 2
+    edge = (1 - LEVEL) / 2
     low, high = np.quantile(values[np.isfinite(values)], (edge, 1 - edge))
     return Cell(float(values[0]), float(low), float(high), count)
 

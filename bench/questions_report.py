@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from longbench_scores import DRAWS
+from longbench_scores import DRAWS, LEVEL
 from rich.table import Table
-
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def _share(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[fl
         return None
     draws = np.random.default_rng(0).integers(0, len(sums), (DRAWS, len(sums)))
     drawn_own, drawn_base = sums[draws].sum(axis=1).T
-    edge = (1 - _LEVEL) / 2
+    edge = (1 - LEVEL) / 2
     low, high = np.quantile(drawn_own[drawn_base > 0] / drawn_base[drawn_base > 0], (edge, 1 - edge))
     return float(own / base), float(low), float(high)
 
