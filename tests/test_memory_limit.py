@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import imdc
-import imdc.prefill.engine as engine
+import imdc.prefill.device_room as device_room
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.shape import ModelShape
@@ -113,13 +113,13 @@ def test_compressing_while_decoding_is_never_refused(monkeypatch: pytest.MonkeyP
     model = FAMILIES["llama"]()
     limit = limit_for(model, 100, new_tokens=200)
     fitted: list[int] = []
-    fit = engine.fit_chunk
+    fit = device_room.fit_chunk
 
     def counted(*args: Any, **named: Any) -> int:
         fitted.append(1)
         return fit(*args, **named)
 
-    monkeypatch.setattr(engine, "fit_chunk", counted)
+    monkeypatch.setattr(device_room, "fit_chunk", counted)
     options: dict[str, Any] = {"memory_limit": limit, "memory_tokens": MEMORY, "decode_tokens": 16}
     patched = imdc.patch(model, chunk_tokens="auto", **options)
     with patched as handle, DispatchAllocations() as allocations, torch.no_grad():
@@ -184,7 +184,7 @@ def test_free_memory_counts_what_linux_can_reclaim(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         "builtins.open", meminfo("MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable: 60 kB\nCached: 59 kB\n")
     )
-    assert engine.free_bytes(torch.device("cpu")) == 60 * 1024
+    assert device_room.free_bytes(torch.device("cpu")) == 60 * 1024
 
 
 def test_free_memory_that_no_system_tells_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +196,9 @@ def test_free_memory_that_no_system_tells_is_refused_by_name(monkeypatch: pytest
     with imdc.patch(model, chunk_tokens="auto", memory_limit=0.5, memory_tokens=64) as handle:
         cache = handle.new_cache()
         with monkeypatch.context() as patched:
-            patched.setattr(engine, "open", meminfo("MemTotal: 100 kB\n"), raising=False)
-            patched.setattr(engine, "os", SimpleNamespace(sysconf=unknown))
-            assert engine.free_bytes(torch.device("cpu")) is None
+            patched.setattr(device_room, "open", meminfo("MemTotal: 100 kB\n"), raising=False)
+            patched.setattr(device_room, "os", SimpleNamespace(sysconf=unknown))
+            assert device_room.free_bytes(torch.device("cpu")) is None
             with pytest.raises(
                 ConfigError, match=r"memory_limit=0\.5 is a share of the device, whose size is not known"
             ):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,10 +16,10 @@ from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.model.parts import Parts
-from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
-from imdc.planner.fit import LEAST_CHUNK, fit_chunk, least_chunk, limit_bytes, smaller_chunk
+from imdc.planner.fit import LEAST_CHUNK, least_chunk
 from imdc.prefill.backends import Backend, choose
+from imdc.prefill.device_room import chunk_after_shortage, fitting_chunk
 from imdc.prefill.history import check_mask_shape
 from imdc.prefill.hook import overlay
 from imdc.prefill.logits import WantedLogits, real_tokens
@@ -79,9 +77,9 @@ class Engine:
             ConfigError: nothing fits `memory_limit`, or what it is a share of is not known.
         """
         if cache.is_branch and not self.compresses and self.config.schedule != "full":
-            # Nothing is dropped, so layers keep the shares that they have.
-            whole = replace(self, config=replace(self.config, schedule="full", layer_budget="uniform"))
-            return whole.prefill(cache, input_ids, attention_mask, logits_to_keep=logits_to_keep, **forward_options)
+            return self.whole.prefill(
+                cache, input_ids, attention_mask, logits_to_keep=logits_to_keep, **forward_options
+            )
         if not self.compresses and self.parts.full_layers:
             check_recall(self.config, cache, input_ids.shape[1])
         began = time.perf_counter()
@@ -96,7 +94,7 @@ class Engine:
         # Those that are on when it begins, whatever other threads do. Compressing an answer is no prefill.
         probes = [] if self.compresses else list(self.probes)
         batch = self._batch(cache, [*prompts, *anew.values()], len(unique), len(prompts))
-        chunk, restarts = self._first_chunk(cache, batch, backend, device), 0
+        chunk, restarts = self._first_chunk(cache, batch, backend), 0
         overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
         while True:
             planner = self.planner(chunk, cache.expected_new_tokens)
@@ -126,7 +124,7 @@ class Engine:
             # The frames that the error held are gone, and with them their tensors.
             del reader
             turns, outputs = [], []
-            chunk = self._smaller_chunk(mean, batch, backend, device)
+            chunk = chunk_after_shortage(self.parts, self.config, batch, backend.name, mean)
             restarts += 1
         # Its workspace would raise the peak of stacking the rows.
         reports = tuple(reader.reports)
@@ -158,13 +156,18 @@ class Engine:
         )
         return output, report
 
+    @property
+    def whole(self) -> Engine:
+        """This engine for questions, of which nothing is dropped: layers keep the shares that they have."""
+        return replace(self, config=replace(self.config, schedule="full", layer_budget="uniform"))
+
     def exceeded(self, tokens: int) -> int | None:
         """What memory and chunk hold, where that is less than `tokens`; None where so many may be attended to."""
         memory, chunk = self.config.memory_tokens, self.config.chunk_tokens
         if tokens <= memory:
             return None
         if not isinstance(chunk, int):
-            chunk = self._fitting_chunk(Batch(tokens), self.backend()[0], self.parts.device())
+            chunk = fitting_chunk(self.parts, self.config, Batch(tokens), self.backend()[0].name)
         return memory + chunk if tokens > memory + chunk else None
 
     def backend(self) -> tuple[Backend, str]:
@@ -232,56 +235,14 @@ class Engine:
             stored_bytes=cache.held_bytes(),
         )
 
-    def _first_chunk(self, cache: ImdcCache, batch: Batch, backend: Backend, device: torch.device) -> int | None:
+    def _first_chunk(self, cache: ImdcCache, batch: Batch, backend: Backend) -> int | None:
         """The mean chunk that `memory_limit` allows, where the config asks for "auto"."""
         if isinstance(self.config.chunk_tokens, int):
             return None
         if cache.phase == "decode":
             # The prefill left room for compressing again, and a generation is not refused half way.
             return batch.prompt_tokens
-        return self._fitting_chunk(batch, backend, device, asked=cache.is_branch)
-
-    def _fitting_chunk(self, batch: Batch, backend: Backend, device: torch.device, *, asked: bool = False) -> int:
-        shape = ModelShape.from_model(self.parts.model)
-        free = free_bytes(device) if isinstance(self.config.memory_limit, float) else None
-        limit = limit_bytes(self.config, None if free is None else free + shape.weights + batch.stored_bytes)
-        config = replace(self.config, backend=backend.name)
-        return fit_chunk(shape, batch, config, limit, device=device.type, asked=asked)
-
-    def _smaller_chunk(self, chunk: int, batch: Batch, backend: Backend, device: torch.device) -> int:
-        """The mean chunk to begin again with after running out of memory."""
-        shape = ModelShape.from_model(self.parts.model)
-        free = free_bytes(device)
-        limit = None if free is None else free + shape.weights + batch.stored_bytes
-        config = replace(self.config, backend=backend.name)
-        smaller = smaller_chunk(shape, batch, config, chunk, limit, device=device.type)
-        warnings.warn(
-            f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {smaller}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return smaller
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What the device has free for a prefill; None where the system does not tell."""
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        if not hasattr(module, "mem_get_info"):
-            return None
-        # The caching allocator holds blocks that it would use again.
-        unused = module.memory_reserved(device) - module.memory_allocated(device)
-        return int(module.mem_get_info(device)[0] + unused)
-    try:
-        # Linux counts what it can reclaim, such as cached files, as available.
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+        return fitting_chunk(self.parts, self.config, batch, backend.name, asked=cache.is_branch)
 
 
 def _distinct(prompts: list[Tensor]) -> tuple[list[int], list[int]]:

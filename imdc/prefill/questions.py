@@ -22,7 +22,8 @@ from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
 from imdc.observers import PromptTail, Questions, find_observer
-from imdc.prefill.engine import Engine, free_bytes
+from imdc.prefill.device_room import free_bytes
+from imdc.prefill.engine import Engine
 from imdc.prefill.logits import real_tokens
 from imdc.prefill.requests import GenerateRequest, check_ids
 from imdc.prefill.text_store import text_store
