@@ -98,6 +98,35 @@ def test_beams_of_a_question_are_read_once() -> None:
         assert handle.report.prompt_tokens == 12
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"layer_budget": "adaptive", "observer": "window"}),
+        ("gemma3", {"layer_budget": "pyramid", "recall_dtype": "int8"}),
+    ],
+)
+@pytest.mark.parametrize("call", [{}, {"num_beams": 4}, {"do_sample": True, "num_return_sequences": 3}])
+def test_beams_that_do_not_fit_the_limit_are_refused_before_the_text_is_read(
+    family: str, options: dict[str, Any], call: dict[str, Any]
+) -> None:
+    model, steps, refused = build(family), [], []  # type: ignore[var-annotated]
+    options = {**TIGHT, "recall": "host", "chunk_tokens": "auto", **options}
+    weights = ModelShape.from_model(model).weights
+    for limit in range(weights + 100_000, weights + 2_500_000, 100_000):
+        steps.clear()
+        with imdc.patch(model, on_step=steps.append, memory_limit=limit, **options):
+            try:
+                model.generate(token_ids(300), **{**GREEDY, **call})
+            except ConfigError:
+                assert not steps, f"{limit:,} bytes: refused after the text was read"
+                refused.append(limit)
+                continue
+            break
+    # What the smallest chunks need says nothing of this: some of these limits hold the text.
+    assert steps and refused
+
+
 def test_out_of_memory_while_taking_back_is_not_called_a_matter_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("simulated")

@@ -10,11 +10,15 @@ from imdc.cache.branch import branch
 from imdc.cache.cache import ImdcCache
 from imdc.config import MEASURED_BUDGETS
 from imdc.errors import UnsupportedCallError
+from imdc.model.shape import ModelShape
 from imdc.observers import find_observer
+from imdc.planner.batch import Batch, Kept
+from imdc.prefill.device_room import fitting_chunk
 from imdc.prefill.engine import Engine
 from imdc.prefill.logits import real_tokens
 from imdc.prefill.questions import check_question, check_window, read_document, with_questions
 from imdc.prefill.requests import GenerateRequest
+from imdc.prefill.turn import RowTurn
 from imdc.report import PrefillReport
 
 
@@ -58,7 +62,8 @@ def read_text(engine: Engine, cache: ImdcCache, request: GenerateRequest) -> tup
 
     Raises:
         UnsupportedCallError: prompt and answer leave the model's window.
-        ConfigError: the text's store finds no room.
+        ConfigError: the text's store finds no room, or its last tokens, with answers or beams, none within
+            `memory_limit`.
     """
     ids, config = request.input_ids, engine.config
     if ids is None:
@@ -81,6 +86,8 @@ def read_text(engine: Engine, cache: ImdcCache, request: GenerateRequest) -> tup
         measured = config.layer_budget in MEASURED_BUDGETS
         fullest = planned.steps[-1].memory_after if measured else max(planned.layers[-1])
         check_window(engine, fullest, True, asked, request.new_tokens)
+    if not isinstance(config.chunk_tokens, int):
+        _check_limit(engine, planned, asked, request)
     report = read_document(
         reading,
         cache,
@@ -95,6 +102,21 @@ def read_text(engine: Engine, cache: ImdcCache, request: GenerateRequest) -> tup
     # What a measured layer budget gave the fullest layer is not known before.
     check_question(engine, cache, asked, request.new_tokens)
     return branch(cache, request.copies), report
+
+
+def _check_limit(engine: Engine, planned: RowTurn, asked: int, request: GenerateRequest) -> None:
+    """Refuse what would be refused once the text of `planned` was read: its last tokens as a question of one branch."""
+    read, shape = planned.ids.numel(), ModelShape.from_model(engine.parts.model)
+    stored = planned.steps[-1].memory_after
+    batch = Batch(
+        asked,
+        cache_rows=request.copies,
+        new_tokens=max(1, request.new_tokens),
+        seen_tokens=read,
+        stored_tokens=stored,
+        stored_bytes=Kept.after(shape, Batch(read), stored).row_bytes,
+    )
+    fitting_chunk(engine.parts, engine.whole.config, batch, engine.backend()[0].name, asked=True, ahead=True)
 
 
 def _mask(request: GenerateRequest, ids: Tensor) -> Tensor | None:
