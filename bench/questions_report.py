@@ -26,7 +26,8 @@ class Figures:
         questions: how many were asked.
         of_full: score as a share of what full attention has on the same documents, and the ends of its 95% interval,
             from documents drawn anew; None where that was not run, or has nothing.
-        in_common: score of the questions that both ways answer, the lower of the two for each; None as before.
+        in_common: score of the questions that both ways answer, the lower of the two for each; None without "full".
+        alike: answers that are full attention's word for word, as a share; None without "full".
         read_seconds: mean of a document's reading, over all of its readings.
         question_seconds: mean of a question, reading not counted.
         all_in_seconds: the same with the question's share of the reading.
@@ -41,6 +42,7 @@ class Figures:
     questions: int
     of_full: tuple[float, float, float] | None
     in_common: float | None
+    alike: float | None
     read_seconds: float
     question_seconds: float
     all_in_seconds: float
@@ -56,11 +58,13 @@ def figures(lines: Sequence[dict[str, Any]]) -> Iterator[Figures]:
     groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["model"], line["data"], line["way"], line["share"]), []).append(line)
-    full = {document_of(line): line["scores"] for line in lines if line["way"] == "full"}
+    full = {document_of(line): line for line in lines if line["way"] == "full"}
     for (model, data, way, share), group in groups.items():
         count = sum(len(line["scores"]) for line in group)
         # Over the same documents alone.
-        pairs = [(line["scores"], full[document_of(line)]) for line in group if document_of(line) in full]
+        both = [(line, full[document_of(line)]) for line in group if document_of(line) in full]
+        pairs = [(line["scores"], base["scores"]) for line, base in both]
+        answers = [pair for line, base in both for pair in zip(line["answers"], base["answers"], strict=True)]
         read = sum(line["read_seconds"] for line in group)
         each = sum(sum(line["question_seconds"]) for line in group) / count
         yield Figures(
@@ -72,7 +76,8 @@ def figures(lines: Sequence[dict[str, Any]]) -> Iterator[Figures]:
             score=sum(sum(line["scores"]) for line in group),
             questions=count,
             of_full=_share(pairs),
-            in_common=sum(min(both) for pair in pairs for both in zip(*pair, strict=True)) if pairs else None,
+            in_common=sum(min(scores) for pair in pairs for scores in zip(*pair, strict=True)) if pairs else None,
+            alike=sum(own == base for own, base in answers) / len(answers) if answers else None,
             read_seconds=read / len(group),
             question_seconds=each,
             all_in_seconds=read / count + each,
@@ -96,14 +101,26 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
     """Scores and seconds; the last column has its share of the reading in it."""
     shown = Table(title="One read, many questions", title_justify="left")
     left = ("model", "data", "way")
-    figured = ("memory", "documents", "score", "of", "of full's [95%]", "in common", "read s", "question s", "all in s")
+    figured = (
+        "memory",
+        "documents",
+        "score",
+        "of",
+        "of full's [95%]",
+        "in common",
+        "alike",
+        "read s",
+        "question s",
+        "all in s",
+    )
     for heading in (*left, *figured):
         shown.add_column(heading, justify="left" if heading in left else "right")
     for one in figures(lines):
         ratio = "" if one.of_full is None else "{:.2f} [{:.2f}, {:.2f}]".format(*one.of_full)
         common = "" if one.in_common is None else _points(one.in_common)
+        alike = "" if one.alike is None else f"{one.alike:.2f}"
         times = (f"{seconds:.2f}" for seconds in (one.read_seconds, one.question_seconds, one.all_in_seconds))
-        cells = (one.memory, str(one.documents), _points(one.score), str(one.questions), ratio, common, *times)
+        cells = (one.memory, str(one.documents), _points(one.score), str(one.questions), ratio, common, alike, *times)
         shown.add_row(one.model, one.data, one.way, *cells)
     return shown
 

@@ -76,7 +76,7 @@ def test_figures_compare_the_documents_that_full_attention_read_too() -> None:
     def line(way: str, seed: int, *scores: float) -> dict[str, Any]:
         return {
             "model": "m", "data": "d", "way": way, "share": 8, "seed": seed, "scores": list(scores),
-            "read_seconds": 4.0, "question_seconds": [1.0, 3.0],
+            "answers": [f"{score}" for score in scores], "read_seconds": 4.0, "question_seconds": [1.0, 3.0],
         }  # fmt: skip
 
     lines = [line("full", 0, 1.0, 1.0), line("recall", 0, 1.0, 0.0), line("recall", 1, 1.0, 1.0)]
@@ -84,7 +84,7 @@ def test_figures_compare_the_documents_that_full_attention_read_too() -> None:
     assert (full.memory, full.of_full, full.score) == ("all", (1.0, 1.0, 1.0), 2.0)
     assert (recall.memory, recall.documents, recall.questions, recall.score) == ("1/8", 2, 4, 3.0)
     # Of the second document nobody knows what full attention answers.
-    assert (recall.of_full, recall.in_common) == ((0.5, 0.5, 0.5), 1.0)
+    assert (recall.of_full, recall.in_common, recall.alike) == ((0.5, 0.5, 0.5), 1.0, 0.5)
     assert (recall.read_seconds, recall.question_seconds, recall.all_in_seconds) == (4.0, 2.0, 4.0)
 
     # Three documents of which two are answered in full: drawn anew there may be all three, or none.
