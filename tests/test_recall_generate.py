@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, token_ids
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import imdc
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
+from imdc.model.hf import CACHE_NAME
 from imdc.planner import recalling
 from imdc.prefill.recall import Recall
 
@@ -142,6 +144,19 @@ def test_the_device_stays_bounded() -> None:
             assert handle.report is not None and max(step.memory_after for step in handle.report.steps) == 64 + TAIL
 
 
+def by_hand(model: PreTrainedModel, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
+    """A generation loop of the caller's own, greedy."""
+    first = {name: kwargs[name] for name in (CACHE_NAME, "attention_mask")}
+    with torch.no_grad():
+        output = model(input_ids, **first)
+        for number in range(generation_config.max_new_tokens):
+            new = output.logits[:, -1:].argmax(dim=-1)
+            input_ids = torch.cat((input_ids, new), dim=1)
+            if number + 1 < generation_config.max_new_tokens:
+                output = model(new, **{CACHE_NAME: first[CACHE_NAME]})
+    return input_ids
+
+
 @pytest.mark.parametrize(
     ("options", "call", "message"),
     [
@@ -155,6 +170,11 @@ def test_the_device_stays_bounded() -> None:
             {},
             lambda m, h: m.generate(token_ids(100), past_key_values=h.new_cache(), **GREEDY),
             "an empty cache with recall",
+        ),
+        (
+            {},
+            lambda m, h: m.generate(token_ids(100), custom_generate=by_hand, **GREEDY),
+            "custom_generate with recall='host'",
         ),
         (
             {"recall_every": 2},
@@ -175,6 +195,14 @@ def test_what_cannot_take_back_is_refused(options: dict[str, Any], call: Any, me
         with pytest.raises(UnsupportedCallError, match=message):
             call(model, handle)
         assert torch.equal(model.generate(token_ids(100), **GREEDY), wanted)
+
+
+def test_a_loop_of_the_callers_own_asks_what_was_read() -> None:
+    model = FAMILIES["llama"]()
+    with imdc.patch(model, **TIGHT) as handle:
+        cache, question = handle.read(token_ids(100)), token_ids(9, seed=2)
+        wanted = handle.ask(cache, question, **GREEDY)
+        assert torch.equal(handle.ask(cache, question, custom_generate=by_hand, **GREEDY), wanted)
 
 
 def test_assistants_have_no_recall() -> None:

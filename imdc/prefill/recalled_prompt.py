@@ -27,7 +27,7 @@ def check_recalling(engine: Engine, request: GenerateRequest) -> None:
 
     Raises:
         UnsupportedCallError: drafts for another model, candidates of assisted decoding where the memory is renewed, a
-            cache that has read nothing, or several prompts.
+            generation loop of the caller's own, a cache that has read nothing, or several prompts.
     """
     config, stored = engine.config, isinstance(request.cache, ImdcCache) and request.cache.store is not None
     if request.assisted and config.recall_every and (stored or config.recall != "none"):
@@ -40,6 +40,11 @@ def check_recalling(engine: Engine, request: GenerateRequest) -> None:
     if request.drafting:
         raise UnsupportedCallError(
             f"recall={config.recall!r} is not for an assistant model, whose drafts are taken back; leave it out"
+        )
+    if request.cache is None and request.asked("custom_generate") is not None:
+        raise UnsupportedCallError(
+            f"custom_generate with recall={config.recall!r}: the loop would hand the model the whole prompt, all of "
+            f"which but the last tokens was read already; read() the text and ask() with the loop, or leave recall out"
         )
     if isinstance(request.cache, ImdcCache) and request.cache.is_empty:
         raise UnsupportedCallError(
