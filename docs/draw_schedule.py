@@ -36,19 +36,28 @@ def draw() -> str:
         f"{PROMPT_TOKENS:,} prompt tokens, chunk_tokens={config.chunk_tokens}, memory_tokens={config.memory_tokens}: "
         f"each bar is one of {len(steps['imdc'])} steps"
     )
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="Memory and chunk of every step, by schedule" font-family="sans-serif" font-size="13">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
-        _text(_LEFT, 24, caption),
-    ]
+    lines = [text(_LEFT, 24, caption)]
     x = _LEFT
     for colour, label in ((_MEMORY, "memory: KV pairs kept per layer and head"), (_CHUNK, "chunk: tokens being read")):
-        lines += [f'<rect x="{x}" y="36" width="12" height="12" fill="{colour}"/>', _text(x + 18, 47, label)]
+        lines += [f'<rect x="{x}" y="36" width="12" height="12" fill="{colour}"/>', text(x + 18, 47, label)]
         x += 340
     for number, (name, title) in enumerate(PANELS.items()):
         lines += _panel(_LEFT + number * (_PANEL + _GAP), title, steps[name], tallest)
-    return "\n".join([*lines, "</svg>", ""])
+    return svg(_WIDTH, _HEIGHT, "Memory and chunk of every step, by schedule", lines)
+
+
+def svg(width: int, height: int, label: str, lines: list[str]) -> str:
+    """A picture of these elements on white, as SVG text; `label` says what it shows."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{label}" font-family="sans-serif" font-size="13">'
+    )
+    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="#ffffff"/>', *lines, "</svg>", ""])
+
+
+def text(x: float, y: float, words: str, *, colour: str = _INK, weight: str = "normal") -> str:
+    """A line of text that begins at x, y."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-weight="{weight}">{words}</text>'
 
 
 def _panel(left: int, title: str, steps: tuple[Step, ...], tallest: int) -> list[str]:
@@ -69,20 +78,16 @@ def _panel(left: int, title: str, steps: tuple[Step, ...], tallest: int) -> list
     level = bottom - height(highest)
     lines += [
         f'<path d="M{left} {level:.1f}H{left + _PANEL}" stroke="{_INK}" stroke-dasharray="4 3"/>',
-        _text(left, level - 6, f"at most {highest:,} tokens"),
+        text(left, level - 6, f"at most {highest:,} tokens"),
         f'<path d="M{left} {bottom}H{left + _PANEL}" stroke="{_PALE}"/>',
-        _text(left, bottom + 20, title, weight="bold"),
-        _text(left, bottom + 38, "first step to last step, left to right", colour=_PALE),
+        text(left, bottom + 20, title, weight="bold"),
+        text(left, bottom + 38, "first step to last step, left to right", colour=_PALE),
     ]
     return lines
 
 
 def _bar(x: float, y: float, pitch: float, height: float, colour: str) -> str:
     return f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{pitch - 2:.1f}" height="{height:.1f}" fill="{colour}"/>'
-
-
-def _text(x: float, y: float, text: str, *, colour: str = _INK, weight: str = "normal") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-weight="{weight}">{text}</text>'
 
 
 if __name__ == "__main__":

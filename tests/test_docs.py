@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,23 +25,37 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def drawing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_schedule", ROOT / "docs" / "draw_schedule.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_picture_is_what_the_script_draws(drawing: ModuleType) -> None:
-    assert drawing.draw() == text("docs/schedule.svg"), "run `python docs/draw_schedule.py`"
-    assert "](docs/schedule.svg)" in text("README.md")
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a script of docs/ by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module
 
 
-def test_picture_has_a_bar_for_every_chunk_and_every_memory(drawing: ModuleType) -> None:
+@pytest.mark.parametrize(("name", "document"), [("schedule", "README.md"), ("gains", "docs/RESULTS.md")])
+def test_picture_is_what_the_script_draws(script: Callable[[str], ModuleType], name: str, document: str) -> None:
+    drawn = script(f"draw_{name}").draw()
+    assert drawn == text(f"docs/{name}.svg"), f"run `python docs/draw_{name}.py`"
+    assert f"]({'docs/' if document == 'README.md' else ''}{name}.svg)" in text(document)
+
+
+def test_picture_has_a_mark_for_every_measured_gain(script: Callable[[str], ModuleType]) -> None:
+    drawing = script("draw_gains")
     tree = ElementTree.fromstring(drawing.draw())
-    fills = [rect.get("fill") for rect in tree.iter("{http://www.w3.org/2000/svg}rect")]
+    gains = [gain for panel in drawing.PANELS for gain in panel.gains().values()]
+    assert len(list(tree.iter(f"{SVG}circle"))) == len(gains) > 10
+    shown = {element.text for element in tree.iter(f"{SVG}text")}
+    assert {drawing.signed(mean) for mean, _, _ in gains} <= shown
+    assert all(drawing.LEAST <= low <= mean <= high <= drawing.MOST for mean, low, high in gains)
+
+
+def test_picture_has_a_bar_for_every_chunk_and_every_memory(script: Callable[[str], ModuleType]) -> None:
+    drawing = script("draw_schedule")
+    tree = ElementTree.fromstring(drawing.draw())
+    fills = [rect.get("fill") for rect in tree.iter(f"{SVG}rect")]
     steps = [
         step
         for name in ("fm", "im", "imdc")
