@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fidelity_ways import method_of
-from longbench_scores import DRAWS, LEVEL
+from longbench_scores import DRAWS, ends
 from longbench_ways import Amount
 
 # Columns that carry an interval: key of a sample, factor, heading, format.
@@ -74,9 +74,7 @@ def summarize(samples: Sequence[Mapping[str, Any]], names: Sequence[str], seed: 
 
 def _interval(values: np.ndarray, draws: np.ndarray) -> list[float]:
     """[mean, low, high] of one value per question."""
-    edge = (1 - LEVEL) / 2
-    low, high = np.quantile(values[draws].mean(axis=1), (edge, 1 - edge))
-    return [round(float(one), 4) for one in (values.mean(), low, high)]
+    return [round(float(one), 4) for one in (values.mean(), *ends(values[draws].mean(axis=1)))]
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:

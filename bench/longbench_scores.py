@@ -16,7 +16,7 @@ from longbench_tasks import CATEGORIES, Task
 from longbench_ways import FULL, Way
 
 DRAWS = 2000
-LEVEL = 0.95
+_LEVEL = 0.95
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 # LongBench-E's buckets by the official length, as its `scorer_e` names them: label, below.
 BUCKETS = (("0-4k", 4000), ("4-8k", 8000), ("8k+", None))
@@ -219,9 +219,14 @@ def _ratio(means: np.ndarray, count: int) -> Cell | None:
 def _cell(values: np.ndarray, count: int) -> Cell | None:
     if not np.isfinite(values[0]):
         return None
-    edge = (1 - LEVEL) / 2
-    low, high = np.quantile(values[np.isfinite(values)], (edge, 1 - edge))
-    return Cell(float(values[0]), float(low), float(high), count)
+    return Cell(float(values[0]), *ends(values[np.isfinite(values)]), count)
+
+
+def ends(drawn: np.ndarray) -> tuple[float, float]:
+    """The ends of the 95% interval of a figure, of which `drawn` are the values on records drawn anew."""
+    edge = (1 - _LEVEL) / 2
+    low, high = np.quantile(drawn, (edge, 1 - edge))
+    return float(low), float(high)
 
 
 def _mean(scores: list[float]) -> float | None:

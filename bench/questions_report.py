@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from longbench_scores import DRAWS, LEVEL
+from longbench_scores import DRAWS, ends
 from rich.table import Table
 
 
@@ -92,9 +92,7 @@ def _share(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[fl
         return None
     draws = np.random.default_rng(0).integers(0, len(sums), (DRAWS, len(sums)))
     drawn_own, drawn_base = sums[draws].sum(axis=1).T
-    edge = (1 - LEVEL) / 2
-    low, high = np.quantile(drawn_own[drawn_base > 0] / drawn_base[drawn_base > 0], (edge, 1 - edge))
-    return float(own / base), float(low), float(high)
+    return float(own / base), *ends(drawn_own[drawn_base > 0] / drawn_base[drawn_base > 0])
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:
