@@ -48,7 +48,7 @@ def show(table: Table) -> None:
     """Print `table`: as wide as the terminal, and in a file or a pipe as wide as it is."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_FILE_COLUMNS)
+        console.width = _FILE_COLUMNS
     console.print(table)
 
 

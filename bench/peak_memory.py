@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from begin import show
+from begin import run, show
 from inputs import reference_ids, setting
 from record import RESULTS, circumstances, options, write
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from imdc.cli.answer import quiet_transformers
 from imdc.config import BALANCES, SCHEDULES, PrefillConfig
-from imdc.errors import ImdcError
 from imdc.model.loading import find_smollm2_gguf, load_model
 from imdc.profiler.measure import MeasuredPrefill, measure
 from imdc.units import MIB
@@ -53,25 +51,26 @@ LLAMA_SIZES: dict[str, Any] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when all was measured and every prediction is within `--tolerance`."""
-    args = _parser().parse_args(argv)
-    quiet_transformers()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    return run(_parser().parse_args(argv), benchmark, "peak_memory.py")
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure, show and write; 0 when every prediction is within `--tolerance`, else 1.
+
+    Raises:
+        ImdcError: bad input, or no model.
+    """
     started = circumstances()
     rows: list[MeasuredPrefill] = []
-    try:
-        model, ids = load(args)
-        for tokens in args.prompt_tokens:
-            for chunk, memory in args.setting:
-                for schedule in args.schedules:
-                    config = PrefillConfig(
-                        schedule=schedule, chunk_tokens=chunk, memory_tokens=memory, balance=args.balance
-                    )
-                    rows.append(measure(model, ids[:, :tokens], config))
-                    print(line(rows[-1]), file=sys.stderr, flush=True)
-    except ImdcError as error:
-        print(f"peak_memory.py: error: {error}", file=sys.stderr)
-        return 2
+    model, ids = load(args)
+    for tokens in args.prompt_tokens:
+        for chunk, memory in args.setting:
+            for schedule in args.schedules:
+                config = PrefillConfig(
+                    schedule=schedule, chunk_tokens=chunk, memory_tokens=memory, balance=args.balance
+                )
+                rows.append(measure(model, ids[:, :tokens], config))
+                print(line(rows[-1]), file=sys.stderr, flush=True)
     show(table(rows))
     result = {
         **started,

@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from begin import show
+from begin import run, show
 from inputs import reference_ids, setting
 from record import RESULTS, circumstances, options, write
 from rich.table import Table
 
-from imdc.cli.answer import Reading, answer, quiet_transformers
+from imdc.cli.answer import Reading, answer
 from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
 from imdc.model.loading import find_smollm2_gguf, load_model
@@ -101,24 +100,25 @@ def percentiles(values: Sequence[float]) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when all was measured."""
-    args = _parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    quiet_transformers()
+    return run(_parser().parse_args(argv), benchmark, "prefill.py")
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure, show and write; 0.
+
+    Raises:
+        ImdcError: bad input, or no model.
+    """
     # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
     started = circumstances()
-    try:
-        if args.memory_of:
-            print(json.dumps(memory_in_this_process(args)))
-            return 0
-        rows = [Row(way) for way in ways(args)]
-        fill_times(rows, args)
-        if not args.no_memory:
-            for row in rows:
-                row.peak_bytes = peak_in_fresh_process(row.way, args)
-    except ImdcError as error:
-        print(f"prefill.py: error: {error}", file=sys.stderr)
-        return 2
+    if args.memory_of:
+        print(json.dumps(memory_in_this_process(args)))
+        return 0
+    rows = [Row(way) for way in ways(args)]
+    fill_times(rows, args)
+    if not args.no_memory:
+        for row in rows:
+            row.peak_bytes = peak_in_fresh_process(row.way, args)
     for prompt_tokens in args.prompt_tokens:
         show(table([row for row in rows if row.way.prompt_tokens == prompt_tokens]))
     result = {
