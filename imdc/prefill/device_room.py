@@ -32,17 +32,16 @@ def fitting_chunk(
         ConfigError: nothing fits, or what the limit is a share of is not known.
     """
     shape, device = ModelShape.from_model(parts.model), parts.device()
-    free = free_bytes(device) if isinstance(config.memory_limit, float) else None
     there = 0 if ahead else batch.stored_bytes
-    limit = limit_bytes(config, None if free is None else free + shape.weights + there)
+    known = _device_bytes(shape, device, there) if isinstance(config.memory_limit, float) else None
+    limit = limit_bytes(config, known)
     return fit_chunk(shape, batch, replace(config, backend=backend), limit, device=device.type, asked=asked)
 
 
 def chunk_after_shortage(parts: Parts, config: PrefillConfig, batch: Batch, backend: str, chunk: int) -> int:
     """The mean chunk to begin again with after one of `chunk` tokens ran out of memory, which a warning says."""
     shape, device = ModelShape.from_model(parts.model), parts.device()
-    free = free_bytes(device)
-    limit = None if free is None else free + shape.weights + batch.stored_bytes
+    limit = _device_bytes(shape, device, batch.stored_bytes)
     smaller = smaller_chunk(shape, batch, replace(config, backend=backend), chunk, limit, device=device.type)
     warnings.warn(
         f"imdc: out of memory with chunks of {chunk} tokens; the prefill starts again with {smaller}",
@@ -50,6 +49,12 @@ def chunk_after_shortage(parts: Parts, config: PrefillConfig, batch: Batch, back
         stacklevel=2,
     )
     return smaller
+
+
+def _device_bytes(shape: ModelShape, device: torch.device, stored: int) -> int | None:
+    """What the device has for weights, `stored` bytes of caches and what comes on top; None where it does not tell."""
+    free = free_bytes(device)
+    return None if free is None else free + shape.weights + stored
 
 
 def free_bytes(device: torch.device) -> int | None:
