@@ -53,6 +53,18 @@ def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
 
+@torch.no_grad()
+def by_hand(model: PreTrainedModel, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
+    """A greedy decoding loop of the caller's own, for `custom_generate`."""
+    cache = {hf.CACHE_NAME: kwargs[hf.CACHE_NAME]}
+    output = model(input_ids, **cache, attention_mask=kwargs["attention_mask"], logits_to_keep=1)
+    for _ in range(generation_config.max_new_tokens):
+        new = output.logits[:, -1:].argmax(dim=-1)
+        input_ids = torch.cat((input_ids, new), dim=1)
+        output = model(new, logits_to_keep=1, **cache)
+    return input_ids
+
+
 class Calls:
     """Counts the tokens of every forward call of a model."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mode_cases import LENGTH, NEW, ROOMY, TIGHT, Calls, assistant_of, generate, model_of, prompt
+from mode_cases import LENGTH, NEW, ROOMY, TIGHT, Calls, assistant_of, by_hand, generate, model_of, prompt
 from tiny_models import FAMILIES, build, token_ids
 from torch import Tensor
 from transformers import (
@@ -23,7 +23,6 @@ from transformers.generation.streamers import BaseStreamer
 
 import imdc
 from imdc.errors import UnsupportedCallError
-from imdc.model.hf import CACHE_NAME
 
 
 class Collector(BaseStreamer):
@@ -92,22 +91,6 @@ def stopped(family: str, model: PreTrainedModel) -> Tensor:
     return tokens
 
 
-def by_callable(family: str, model: PreTrainedModel) -> Tensor:
-    """A decoding loop of the caller's own."""
-
-    def loop(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        kwargs = {name: kwargs[name] for name in (CACHE_NAME, "attention_mask")}
-        output = model(input_ids, **kwargs, logits_to_keep=1)
-        for _ in range(NEW):
-            new = output.logits[:, -1:].argmax(dim=-1)
-            input_ids = torch.cat((input_ids, new), dim=1)
-            output = model(new, logits_to_keep=1, **{CACHE_NAME: kwargs[CACHE_NAME]})
-        return input_ids
-
-    with torch.no_grad():
-        return generate(model, prompt(), custom_generate=loop)
-
-
 MODES: dict[str, Callable[[str, PreTrainedModel], Tensor]] = {
     "greedy": plain(),
     "sampling": plain(do_sample=True, temperature=0.8, top_k=20),
@@ -124,7 +107,7 @@ MODES: dict[str, Callable[[str, PreTrainedModel], Tensor]] = {
     "stopping criteria": stopped,
     "min new tokens": at_least_six,
     "uneven ends": uneven_ends,
-    "custom loop": by_callable,
+    "custom loop": plain(custom_generate=by_hand),
 }
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from mode_cases import by_hand
 from tiny_models import FAMILIES, token_ids
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import imdc
 from imdc.config import PrefillConfig
 from imdc.errors import ConfigError, UnsupportedCallError
-from imdc.model.hf import CACHE_NAME
 from imdc.planner import recalling
 from imdc.prefill.recall import Recall
 
@@ -142,19 +141,6 @@ def test_the_device_stays_bounded() -> None:
             cache = model.generate(token_ids(length), **GREEDY, return_dict_in_generate=True).past_key_values
             assert [layer.stored for layer in cache.layers] == [64 + TAIL + 7] * 3
             assert handle.report is not None and max(step.memory_after for step in handle.report.steps) == 64 + TAIL
-
-
-def by_hand(model: PreTrainedModel, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
-    """A generation loop of the caller's own, greedy."""
-    first = {name: kwargs[name] for name in (CACHE_NAME, "attention_mask")}
-    with torch.no_grad():
-        output = model(input_ids, **first)
-        for number in range(generation_config.max_new_tokens):
-            new = output.logits[:, -1:].argmax(dim=-1)
-            input_ids = torch.cat((input_ids, new), dim=1)
-            if number + 1 < generation_config.max_new_tokens:
-                output = model(new, **{CACHE_NAME: first[CACHE_NAME]})
-    return input_ids
 
 
 @pytest.mark.parametrize(
