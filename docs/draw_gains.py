@@ -51,20 +51,12 @@ class Panel:
     questions: str
     title: str
 
-    def gains(self) -> dict[str, tuple[float, float, float]]:
-        """(mean, low, high) in nats a token against `fm`, by method."""
+    def measured(self) -> tuple[int, dict[str, tuple[float, float, float]]]:
+        """Questions that every method answered, and (mean, low, high) in nats a token against `fm`, by method."""
         lines = json.loads((_RESULTS / self.file).read_text(encoding="utf-8"))["lines"]
-        found = {}
-        for line in lines:
-            difference = line.get("own_nats_against_fm")
-            if line["questions"] == self.questions and line["method"] in METHODS and difference is not None:
-                found[line["method"]] = (difference[0], difference[1], difference[2])
-        return found
-
-    def count(self) -> int:
-        """Questions that every method answered."""
-        lines = json.loads((_RESULTS / self.file).read_text(encoding="utf-8"))["lines"]
-        return int(next(line["count"] for line in lines if line["questions"] == self.questions))
+        own = [line for line in lines if line["questions"] == self.questions]
+        gains = {line["method"]: tuple(line["own_nats_against_fm"]) for line in own if "own_nats_against_fm" in line}
+        return own[0]["count"], {method: gains[method] for method in METHODS if method in gains}
 
 
 PANELS = (
@@ -88,12 +80,12 @@ def draw() -> str:
 
 
 def _panel(panel: Panel, left: int, bottom: int) -> list[str]:
-    lines = [text(left, _TOP - 12, f"{panel.title}, n = {panel.count()}", weight="bold")]
+    count, gains = panel.measured()
+    lines = [text(left, _TOP - 12, f"{panel.title}, n = {count}", weight="bold")]
     for tick in _TICKS:
         x, colour = _place(tick, left), _INK if tick == 0 else "#d0d7de"
         lines.append(f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="{colour}"/>')
         lines.append(text(x - 9, bottom + 18, f"{tick:g}", colour=_PALE))
-    gains = panel.gains()
     for row, method in enumerate(METHODS):
         y = _TOP + row * _ROW + 12.5
         if method not in gains:

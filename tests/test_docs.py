@@ -45,7 +45,7 @@ def test_picture_is_what_the_script_draws(script: Callable[[str], ModuleType], n
 def test_picture_has_a_mark_for_every_measured_gain(script: Callable[[str], ModuleType]) -> None:
     drawing = script("draw_gains")
     tree = ElementTree.fromstring(drawing.draw())
-    gains = [gain for panel in drawing.PANELS for gain in panel.gains().values()]
+    gains = [gain for panel in drawing.PANELS for gain in panel.measured()[1].values()]
     assert len(list(tree.iter(f"{SVG}circle"))) == len(gains) > 10
     shown = {element.text for element in tree.iter(f"{SVG}text")}
     assert {drawing.signed(mean) for mean, _, _ in gains} <= shown
