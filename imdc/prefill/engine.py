@@ -20,10 +20,9 @@ from imdc.planner.batch import Batch
 from imdc.planner.fit import LEAST_CHUNK, least_chunk
 from imdc.prefill.backends import Backend, choose
 from imdc.prefill.device_room import chunk_after_shortage, fitting_chunk
-from imdc.prefill.history import check_mask_shape
 from imdc.prefill.hook import overlay
-from imdc.prefill.logits import WantedLogits, real_tokens
-from imdc.prefill.reader import OnStep, Reader
+from imdc.prefill.prompts import Prompts
+from imdc.prefill.reader import OnStep, Reader, RowsRead
 from imdc.prefill.recording import ProbeResult
 from imdc.prefill.text_store import check_recall
 from imdc.prefill.turn import RowTurn, TurnPlanner, row_turn
@@ -83,78 +82,68 @@ class Engine:
         if not self.compresses and self.parts.full_layers:
             check_recall(self.config, cache, input_ids.shape[1])
         began = time.perf_counter()
-        prompts = self._prompts(cache, input_ids, attention_mask)
-        wanted = WantedLogits(real_tokens(input_ids, attention_mask), logits_to_keep)
         # Rows of a branch that was not asked yet hold the same document.
         alike = cache.is_empty or (cache.is_branch and not cache.asked and not self.compresses)
-        order, unique = _distinct(prompts) if alike else (list(range(len(prompts))), list(range(len(prompts))))
-        anew, cache.anew = cache.anew, {}
-        device = self.parts.device()
-        backend, _ = self.backend()
+        prompts = Prompts.of(
+            input_ids, attention_mask, seen=cache.get_seq_length(), logits_to_keep=logits_to_keep, alike=alike
+        )
         # Those that are on when it begins, whatever other threads do. Compressing an answer is no prefill.
         probes = [] if self.compresses else list(self.probes)
-        batch = self._batch(cache, [*prompts, *anew.values()], len(unique), len(prompts))
+        read = self._read(cache, prompts, forward_options, probed=bool(probes))
+        for take, result in itertools.product(probes, read.recorded):
+            take(result)
+        order = torch.tensor(prompts.order, device="cpu")
+        cache.load_rows([turn.row for turn in read.turns], order, cache.get_seq_length() + input_ids.shape[1])
+        if cache.is_branch:
+            # Compressed again, its memory is no longer that of the text with the question behind it.
+            cache.asked, cache.store = True, None if self.compresses else cache.store
+        output = read.outputs[0]
+        output.logits = prompts.logits([output.logits for output in read.outputs])
+        setattr(output, hf.cache_argument(type(self.parts.model).forward), cache)
+        return output, self._report(cache, read, time.perf_counter() - began)
+
+    def _read(self, cache: ImdcCache, prompts: Prompts, options: dict[str, Any], *, probed: bool) -> RowsRead:
+        """Read the rows, and anew with smaller chunks where the device runs out of memory."""
+        anew, cache.anew = cache.anew, {}
+        backend, _ = self.backend()
+        batch = self._batch(cache, [*prompts.texts, *anew.values()], len(prompts.unique), len(prompts.texts))
         chunk, restarts = self._first_chunk(cache, batch, backend), 0
         overlay(hf.attention_implementations(layer.self_attn for layer in self.parts.decoder.layers))
         while True:
             planner = self.planner(chunk, cache.expected_new_tokens)
-            turns = [self._turn(planner, cache, prompts[index], index, anew.get(index)) for index in unique]
-            # Rows with compact positions may have smaller sizes than asked for; the report says so.
-            config = next((turn.config for turn in turns if turn.row.compact), self.config)
-            reader = Reader(
-                self.parts,
-                self.config,
-                self.forward,
-                backend=backend,
-                on_step=self.on_step,
-                probed=bool(probes),
-            )
-            outputs: list[Any] = []
+            # All are planned, and with that checked, before the first is read.
+            turns = [self._turn(planner, cache, prompts.texts[row], row, anew.get(row)) for row in prompts.unique]
+            # What rows share goes with the reader: its workspace would raise the peak of stacking them.
+            reader = Reader(self.parts, self.config, self.forward, backend=backend, on_step=self.on_step, probed=probed)
             try:
-                for number, turn in enumerate(turns):
-                    keep = wanted.keep(order, number)
-                    outputs.append(reader.read(turn, turn.ids.to(device), number, forward_options, keep=keep))
-                break
+                return replace(reader.read_all(turns, prompts, options), restarts=restarts)
             except torch.OutOfMemoryError:
-                mean = chunk or int(config.chunk_tokens)
+                mean = chunk or int(_sizes(turns, self.config).chunk_tokens)
                 # Pairs are taken back for a question as a whole.
                 whole_question = cache.is_branch and cache.store is not None
                 if whole_question or min(mean, batch.prompt_tokens) <= least_chunk(batch):
                     raise
             # The frames that the error held are gone, and with them their tensors.
             del reader
-            turns, outputs = [], []
+            turns = []
             chunk = chunk_after_shortage(self.parts, self.config, batch, backend.name, mean)
             restarts += 1
-        # Its workspace would raise the peak of stacking the rows.
-        reports = tuple(reader.reports)
-        for take, result in itertools.product(probes, reader.recorded or ()):
-            take(result)
-        recalled, recall_seconds = reader.recalled_bytes, reader.recall_seconds
-        del reader
-        rows = [turn.row for turn in turns]
-        cache.load_rows(rows, torch.tensor(order, device="cpu"), cache.get_seq_length() + input_ids.shape[1])
-        if cache.is_branch:
-            # Compressed again, its memory is no longer that of the text with the question behind it.
-            cache.asked, cache.store = True, None if self.compresses else cache.store
-        output = outputs[0]
-        output.logits = wanted.of_batch([output.logits for output in outputs], order)
-        setattr(output, hf.cache_argument(type(self.parts.model).forward), cache)
-        report = PrefillReport(
-            config=config,
-            backend=backend.name,
-            rows=len(unique),
-            prompt_tokens=sum(turn.ids.numel() for turn in turns),
+
+    def _report(self, cache: ImdcCache, read: RowsRead, seconds: float) -> PrefillReport:
+        return PrefillReport(
+            config=_sizes(read.turns, self.config),
+            backend=self.backend()[0].name,
+            rows=len(read.turns),
+            prompt_tokens=sum(turn.ids.numel() for turn in read.turns),
             memory_tokens=cache.stored_tokens(),
             kv_bytes=cache.kv_bytes(),
-            seconds=time.perf_counter() - began,
-            steps=reports,
-            restarts=restarts,
+            seconds=seconds,
+            steps=read.reports,
+            restarts=read.restarts,
             host_bytes=0 if cache.store is None else cache.store.nbytes(),
-            recalled_bytes=recalled,
-            recall_seconds=recall_seconds,
+            recalled_bytes=read.recalled_bytes,
+            recall_seconds=read.recall_seconds,
         )
-        return output, report
 
     @property
     def whole(self) -> Engine:
@@ -177,20 +166,6 @@ class Engine:
         attention: Any = parts.decoder.layers[0].self_attn
         softcap = getattr(parts.config, "attn_logit_softcapping", None) is not None
         return choose(self.config.backend, parts.device(), weight.dtype, int(attention.head_dim), softcap)
-
-    def _prompts(self, cache: ImdcCache, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
-        rows, columns = input_ids.shape
-        if columns == 0 or rows == 0:
-            raise UnsupportedCallError(f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; pass a token")
-        if attention_mask is None:
-            return list(input_ids)
-        check_mask_shape(attention_mask, (rows, columns), cache.get_seq_length())
-        real = real_tokens(input_ids, attention_mask)
-        prompts = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
-        for number, prompt in enumerate(prompts):
-            if prompt.numel() == 0:
-                raise UnsupportedCallError(f"row {number} of input_ids is all padding: an empty prompt; pass a token")
-        return prompts
 
     def planner(self, chunk: int | None = None, new_tokens: int | None = None) -> TurnPlanner:
         """Who decides how rows are read, before a turn of `new_tokens` (None: not known).
@@ -245,15 +220,6 @@ class Engine:
         return fitting_chunk(self.parts, self.config, batch, backend.name, asked=cache.is_branch)
 
 
-def _distinct(prompts: list[Tensor]) -> tuple[list[int], list[int]]:
-    """(order, unique): prompt i equals prompt unique[order[i]]."""
-    seen: dict[bytes, int] = {}
-    unique: list[int] = []
-    order: list[int] = []
-    for number, prompt in enumerate(prompts):
-        name = prompt.cpu().numpy().tobytes()
-        if name not in seen:
-            seen[name] = len(unique)
-            unique.append(number)
-        order.append(seen[name])
-    return order, unique
+def _sizes(turns: list[RowTurn], config: PrefillConfig) -> PrefillConfig:
+    """The options in force: rows with compact positions may have smaller sizes than `config` asks for."""
+    return next((turn.config for turn in turns if turn.row.compact), config)

@@ -1,9 +1,10 @@
-"""Reads one prompt row: its steps in order, each in one pass through the decoder."""
+"""Reads prompt rows one after another: the steps of each in order, each step in one pass through the decoder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from imdc.model.parts import Parts
 from imdc.observers import find_observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
+from imdc.prefill.prompts import Prompts
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import ProbeResult, Recorder
 from imdc.prefill.renumber import turned
@@ -25,6 +27,29 @@ from imdc.report import StepReport
 from imdc.schedule import Step
 
 OnStep = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRead:
+    """Rows that were read.
+
+    Attributes:
+        turns: what was read; their rows are the memory now.
+        outputs: of the model, of each row, with logits [1, n, V] of its last tokens.
+        reports: of all steps.
+        recorded: of each row, where it was asked for.
+        recalled_bytes: read of the store.
+        recall_seconds: how long that took.
+        restarts: how often an out-of-memory step began all rows again with a smaller chunk.
+    """
+
+    turns: list[RowTurn]
+    outputs: list[Any]
+    reports: tuple[StepReport, ...]
+    recorded: tuple[ProbeResult, ...]
+    recalled_bytes: int
+    recall_seconds: float
+    restarts: int = 0
 
 
 class _PassingCache(hf.Cache):
@@ -49,7 +74,7 @@ class Reader:
         *,
         backend: Backend,
         on_step: OnStep | None,
-        probed: bool = False,
+        probed: bool,
     ) -> None:
         """`forward` is the model's own; `probed` is whether to record what becomes of the memory."""
         self.parts, self.forward, self.on_step = parts, forward, on_step
@@ -59,7 +84,17 @@ class Reader:
         self.finished_bytes = self.recalled_bytes = 0
         self.recall_seconds = 0.0
 
-    def read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int = 1) -> Any:
+    def read_all(self, turns: list[RowTurn], prompts: Prompts, forward_options: dict[str, Any]) -> RowsRead:
+        """Read rows as `turns` say, and give logits of as many last tokens of each as `prompts` want."""
+        device = self.parts.device()
+        outputs = [
+            self._read(turn, turn.ids.to(device), number, forward_options, keep=prompts.kept_logits(number))
+            for number, turn in enumerate(turns)
+        ]
+        recorded = tuple(self.recorded or ())
+        return RowsRead(turns, outputs, tuple(self.reports), recorded, self.recalled_bytes, self.recall_seconds)
+
+    def _read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int) -> Any:
         """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
         row, steps, tokens = turn.row, turn.steps, ids.numel()
         recorder = None if self.recorded is None else Recorder(turn, self.parts, number)
