@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import build, token_ids
 from torch import Tensor
+from traces import positions_of
 from transformers import PreTrainedModel
 
 import imdc
@@ -29,22 +30,6 @@ def small(family: str = "llama", window: int = WINDOW, **overrides: Any) -> PreT
 def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> Any:
     options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new, "pad_token_id": 0, **options}
     return model.generate(ids, max_new_tokens=new, do_sample=False, return_dict_in_generate=True, **options)
-
-
-@contextmanager
-def positions_of(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The largest position of every rotary table that is asked for, by the model or by imdc."""
-    largest: list[int] = []
-    decoder: Any = model.model
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        largest.append(int((kwargs["position_ids"] if "position_ids" in kwargs else args[1]).max()))
-
-    hook = decoder.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield largest
-    finally:
-        hook.remove()
 
 
 @contextmanager

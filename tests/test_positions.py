@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import build, token_ids
 from torch import Tensor
+from traces import positions_of
 from transformers import PreTrainedModel
 
 import imdc
@@ -51,22 +50,6 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: Any) -> A
         ids, max_new_tokens=new, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         **options,
     )  # fmt: skip
-
-
-@contextmanager
-def positions_of(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The largest position of every rotary table that is asked for, by the model or by imdc."""
-    largest: list[int] = []
-    decoder: Any = model.model
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        largest.append(int((kwargs["position_ids"] if "position_ids" in kwargs else args[1]).max()))
-
-    hook = decoder.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield largest
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("window", [2048, 4096, 8192, 131_072])

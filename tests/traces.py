@@ -1,7 +1,9 @@
-"""What a patch could leave behind, and modules that fail while it is at work."""
+"""What a patch could leave behind or asks of a model, and modules that fail while it is at work."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -29,6 +31,22 @@ def trace_of(model: PreTrainedModel) -> dict[str, Any]:
     state["overlays"] = (hook._patches, dict(hook._overlays))
     state["running"] = hook._RUNNING.get()
     return state
+
+
+@contextmanager
+def positions_of(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The largest position of every rotary table that is asked for, by the model or by imdc."""
+    largest: list[int] = []
+    decoder: Any = model.model
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        largest.append(int((kwargs["position_ids"] if "position_ids" in kwargs else args[1]).max()))
+
+    hook = decoder.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield largest
+    finally:
+        hook.remove()
 
 
 class FailingAt:
