@@ -77,37 +77,37 @@ class Reader:
         probed: bool,
     ) -> None:
         """`forward` is the model's own; `probed` is whether to record what becomes of the memory."""
-        self.parts, self.forward, self.on_step = parts, forward, on_step
-        self.tools = Tools(parts, backend, find_observer(config.observer))
-        self.reports: list[StepReport] = []
-        self.recorded: list[ProbeResult] | None = [] if probed else None
-        self.finished_bytes = self.recalled_bytes = 0
-        self.recall_seconds = 0.0
+        self._parts, self._forward, self._on_step = parts, forward, on_step
+        self._tools = Tools(parts, backend, find_observer(config.observer))
+        self._reports: list[StepReport] = []
+        self._recorded: list[ProbeResult] | None = [] if probed else None
+        self._finished_bytes = self._recalled_bytes = 0
+        self._recall_seconds = 0.0
 
     def read_all(self, turns: list[RowTurn], prompts: Prompts, forward_options: dict[str, Any]) -> RowsRead:
         """Read rows as `turns` say, and give logits of as many last tokens of each as `prompts` want."""
-        device = self.parts.device()
+        device = self._parts.device()
         outputs = [
             self._read(turn, turn.ids.to(device), number, forward_options, keep=prompts.kept_logits(number))
             for number, turn in enumerate(turns)
         ]
-        recorded = tuple(self.recorded or ())
-        return RowsRead(turns, outputs, tuple(self.reports), recorded, self.recalled_bytes, self.recall_seconds)
+        recorded = tuple(self._recorded or ())
+        return RowsRead(turns, outputs, tuple(self._reports), recorded, self._recalled_bytes, self._recall_seconds)
 
     def _read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int) -> Any:
         """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
         row, steps, tokens = turn.row, turn.steps, ids.numel()
-        recorder = None if self.recorded is None else Recorder(turn, self.parts, number)
-        reading = RowReading.of(turn, self.tools, recorder)
+        recorder = None if self._recorded is None else Recorder(turn, self._parts, number)
+        reading = RowReading.of(turn, self._tools, recorder)
         if row.compact and row.tokens and not reading.rotated:
-            full, recall = self.parts.full_layers, reading.recall
+            full, recall = self._parts.full_layers, reading.recall
             replaced = [layer for layer in full if recall is not None and recall.replaces(row.stored(layer))]
             self._turn(row, row.position, back=True, leave_out=replaced)
         output: Any = None
         logits: list[Tensor] = []
         for step, tail in zip(steps, turn.tails, strict=True):
             began = time.perf_counter()
-            run = StepRun(self.tools, reading, step, tail_rows=tail, tail_gap=self._tail_gap(turn, step, tokens, tail))
+            run = StepRun(self._tools, reading, step, tail_rows=tail, tail_gap=self._tail_gap(turn, step, tokens, tail))
             chunk = ids[step.start : step.start + step.chunk_tokens]
             if tail:
                 chunk = torch.cat((chunk, turn.tail_ids[-tail:].to(chunk.device)))
@@ -124,15 +124,15 @@ class Reader:
             self._report(row, step, len(steps), tokens, number, time.perf_counter() - began, retention)
         if row.compact and not reading.rotated:
             self._turn(row, row.position)
-        if self.recorded is not None and recorder is not None:
-            self.recorded.append(recorder.result())
+        if self._recorded is not None and recorder is not None:
+            self._recorded.append(recorder.result())
         if reading.store is not None:
             reading.store.finish()
         if reading.recall is not None:
-            self.recalled_bytes += reading.recall.moved_bytes
-            self.recall_seconds += reading.recall.seconds
+            self._recalled_bytes += reading.recall.moved_bytes
+            self._recall_seconds += reading.recall.seconds
             row.taken = reading.recall.taken
-        self.finished_bytes += row.nbytes()
+        self._finished_bytes += row.nbytes()
         output.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
         return output
 
@@ -151,17 +151,17 @@ class Reader:
         inputs = {
             "input_ids": chunk[None],
             "position_ids": positions[None],
-            hf.cache_argument(type(self.parts.model).forward): _PassingCache(),
+            hf.cache_argument(type(self._parts.model).forward): _PassingCache(),
             "use_cache": True,
-            **hf.silenced(self.parts.config),
+            **hf.silenced(self._parts.config),
         }
         with torch.no_grad(), running(run):
             if wanted < 1:
-                self.parts.decoder(**inputs)
+                self._parts.decoder(**inputs)
                 return None
             end = chunk.numel() - tail
             rows: Any = torch.arange(end - wanted, end, device=chunk.device) if tail else wanted
-            return self.forward(**{**options, **inputs, "logits_to_keep": rows, "return_dict": True})
+            return self._forward(**{**options, **inputs, "logits_to_keep": rows, "return_dict": True})
 
     def _tail_gap(self, turn: RowTurn, step: Step, prompt_tokens: int, tail: int) -> int:
         """Positions between the chunk and the tail rows that ride along: those of the tokens not read yet.
@@ -170,22 +170,22 @@ class Reader:
         the memory would fill with them. Compact positions have to stay within the model's window, and sliding-window
         layers only know near positions.
         """
-        if any(window is not None for window in self.parts.windows):
+        if any(window is not None for window in self._parts.windows):
             return 0
         # The prompt's tail is a part of what is unread, questions follow it.
         unread = max(0, prompt_tokens - (0 if turn.questions else tail) - step.start - step.chunk_tokens)
         if not turn.row.compact:
             return unread
-        fullest = max(turn.row.stored(layer) for layer in self.parts.full_layers)
+        fullest = max(turn.row.stored(layer) for layer in self._parts.full_layers)
         span = max(turn.questions, default=tail)
-        return min(unread, self.parts.trained_window - fullest - step.chunk_tokens - span)
+        return min(unread, self._parts.trained_window - fullest - step.chunk_tokens - span)
 
     def _turn(self, row: Row, end: int, *, back: bool = False, leave_out: Sequence[int] = ()) -> None:
         """Rotate the canonical keys of all layers to the positions before `end`, or take that back."""
         for layer, keys in enumerate(row.keys):
             if keys is None or layer in leave_out:
                 continue
-            row.keys[layer] = turned(self.parts, layer, keys, end, back=back)
+            row.keys[layer] = turned(self._parts, layer, keys, end, back=back)
 
     def _report(
         self,
@@ -203,9 +203,9 @@ class Reader:
             step_count=count,
             prompt_tokens=prompt_tokens,
             seconds=seconds,
-            kv_bytes=self.finished_bytes + row.nbytes(),
+            kv_bytes=self._finished_bytes + row.nbytes(),
             retention=retention,
         )
-        self.reports.append(report)
-        if self.on_step is not None:
-            self.on_step(report)
+        self._reports.append(report)
+        if self._on_step is not None:
+            self._on_step(report)
