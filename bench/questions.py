@@ -27,7 +27,7 @@ from questions_report import document_of, draw, table
 from record import ROOT, circumstances, relative
 
 import imdc
-from imdc.cli.document import GENERIC_QUESTIONS, Frame
+from imdc.cli.document import Frame
 from imdc.errors import ImdcError
 from imdc.model.loading import load_model
 
@@ -54,7 +54,7 @@ def measure(model: Any, tokenizer: Any, one: Document, way: str, share: int, chu
     ids = frame.document(one.text)
     asked = [frame.question(question) for question in one.questions]
     options, knows = WAYS[way]
-    known = {"all": asked, "first": asked[:1], "generic": [frame.question(text) for text in GENERIC_QUESTIONS]}
+    known = {"all": asked, "first": asked[:1], "generic": [frame.question(text) for text in imdc.GENERAL_QUESTIONS]}
     replies, reading, asking, moved, cache = [], [], [], 0, None
     sizes = {"memory_tokens": ids.shape[1] // share, "chunk_tokens": chunk_tokens}
     with imdc.patch(model, **{**sizes, **options}) as handle:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from imdc.cache.file import load_cache as load_cache
     from imdc.cache.file import save_cache as save_cache
     from imdc.config import PrefillConfig as PrefillConfig
+    from imdc.observers import GENERAL_QUESTIONS as GENERAL_QUESTIONS
     from imdc.observers import Observer as Observer
     from imdc.planner.plan import Plan as Plan
     from imdc.planner.plan import plan as plan
@@ -38,6 +39,7 @@ _HOMES = {
     "Plan": "imdc.planner.plan",
     "explain": "imdc.prefill.explain",
     "plan": "imdc.planner.plan",
+    "GENERAL_QUESTIONS": "imdc.observers",
     "Observer": "imdc.observers",
     "PrefillReport": "imdc.report",
     "StepReport": "imdc.report",

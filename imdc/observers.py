@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from imdc.config import PrefillConfig
     from imdc.prefill.observation import Observation
 
+# Sample questions where nobody knows what will be asked. They find more together than any of them alone.
+GENERAL_QUESTIONS = (
+    "What is the code, the number or the password?",
+    "Who is it, and what is the name?",
+    "Where is it, and in which place or city?",
+    "When will it happen, on which day, in which month or year?",
+    "Which colour, animal, object or food is it?",
+    "What was decided, promised or agreed?",
+)
+
 
 class Observer:
     """Base of all observers: who votes, and how votes become scores.

@@ -11,7 +11,7 @@ import torch
 from tiny_models import build
 
 import imdc
-from imdc.cli.document import GENERIC_QUESTIONS, Frame
+from imdc.cli.document import Frame
 from imdc.cli.main import main
 from imdc.cli.prompts import chat_prompt, encode_prompt
 
@@ -105,7 +105,7 @@ def test_given_questions_vote_in_place_of_general_ones(
     shown(capsys, *argv)
     shown(capsys, *argv, "--question", "Why?", "--question", "When?")
     shown(capsys, *argv, "--observer", "window")
-    assert [None if one is None else len(one) for one in seen] == [len(GENERIC_QUESTIONS), 2, None]
+    assert [None if one is None else len(one) for one in seen] == [len(imdc.GENERAL_QUESTIONS), 2, None]
 
 
 @pytest.mark.parametrize(

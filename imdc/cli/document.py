@@ -10,15 +10,6 @@ from torch import Tensor
 
 from imdc.cli.prompts import chat_prompt
 
-# Where nobody knows what will be asked. They find more together than any of them alone.
-GENERIC_QUESTIONS = (
-    "What is the code, the number or the password?",
-    "Who is it, and what is the name?",
-    "Where is it, and in which place or city?",
-    "When will it happen, on which day, in which month or year?",
-    "Which colour, animal, object or food is it?",
-    "What was decided, promised or agreed?",
-)
 # No document and no template holds it.
 _MARK = "\x00"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from imdc.cli.answer import check_writable, choose_device, quiet_transformers, read_document
 from imdc.cli.options import add_config_options, add_loading_options, config_from
-from imdc.observers import find_observer
+from imdc.observers import GENERAL_QUESTIONS, find_observer
 from imdc.units import format_bytes, format_tokens
 
 # Nobody knows the questions yet, so general ones vote unless some are given.
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
 
     import imdc
-    from imdc.cli.document import GENERIC_QUESTIONS, Frame
+    from imdc.cli.document import Frame
     from imdc.cli.tables import reading_progress
     from imdc.model.loading import load_model
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     ids = frame.document(document)
     texts = args.question
     if texts is None and find_observer(config.observer).name == "questions":
-        texts = list(GENERIC_QUESTIONS)
+        texts = list(GENERAL_QUESTIONS)
     questions = None if texts is None else [frame.question(text) for text in texts]
     began = time.perf_counter()
     with reading_progress(ids.shape[1]) as on_step, imdc.patch(model, config, on_step=on_step) as handle:

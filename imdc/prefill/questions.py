@@ -79,7 +79,7 @@ def with_questions(config: PrefillConfig, questions: Sequence[Tensor] | None) ->
         if isinstance(observer, Questions) and not observer.questions:
             raise UnsupportedCallError(
                 "observer='questions' needs questions: read(input_ids, questions=[...]) with the token ids of each; "
-                "where they are not known, general ones such as 'What is the code or the number?' help"
+                "where they are not known, those of imdc.GENERAL_QUESTIONS help"
             )
         return config
     if not observer.rides_along:
