@@ -98,7 +98,7 @@ class Engine:
             # Compressed again, its memory is no longer that of the text with the question behind it.
             cache.asked, cache.store = True, None if self.compresses else cache.store
         output = read.outputs[0]
-        output.logits = prompts.logits([output.logits for output in read.outputs])
+        output.logits = prompts.wanted.of_batch([output.logits for output in read.outputs])
         setattr(output, hf.cache_argument(type(self.parts.model).forward), cache)
         return output, self._report(cache, read, time.perf_counter() - began)
 
@@ -116,7 +116,7 @@ class Engine:
             # What rows share goes with the reader: its workspace would raise the peak of stacking them.
             reader = Reader(self.parts, self.config, self.forward, backend=backend, on_step=self.on_step, probed=probed)
             try:
-                return replace(reader.read_all(turns, prompts, options), restarts=restarts)
+                return replace(reader.read_all(turns, prompts.wanted, options), restarts=restarts)
             except torch.OutOfMemoryError:
                 mean = chunk or int(_sizes(turns, self.config).chunk_tokens)
                 # Pairs are taken back for a question as a whole.
@@ -132,7 +132,7 @@ class Engine:
     def _report(self, cache: ImdcCache, read: RowsRead, seconds: float) -> PrefillReport:
         return PrefillReport(
             config=_sizes(read.turns, self.config),
-            backend=self.backend()[0].name,
+            backend=read.backend,
             rows=len(read.turns),
             prompt_tokens=sum(turn.ids.numel() for turn in read.turns),
             memory_tokens=cache.stored_tokens(),

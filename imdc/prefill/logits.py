@@ -20,23 +20,26 @@ class WantedLogits:
     all of them (0), with zeros at padding.
     """
 
-    def __init__(self, real: Tensor, logits_to_keep: int) -> None:
-        """`real` bool [B, T] says which columns are tokens."""
+    def __init__(self, real: Tensor, logits_to_keep: int, order: list[int]) -> None:
+        """`real` bool [B, T] says which columns are tokens; row i is read as the `order[i]`-th one."""
+        self._order = order
         self._last = logits_to_keep == 1
         self._real = real[:, -logits_to_keep:]
 
-    def keep(self, order: list[int], number: int) -> int:
+    def keep(self, number: int) -> int:
         """How many last tokens of the row that is read as the `number`-th one are wanted, at least 1."""
         if self._last:
             return 1
         counts = self._real.sum(dim=1).tolist()
-        return max(1, *(int(count) for count, place in zip(counts, order, strict=True) if place == number))
+        return max(1, *(int(count) for count, place in zip(counts, self._order, strict=True) if place == number))
 
-    def of_batch(self, logits: list[Tensor], order: list[int]) -> Tensor:
+    def of_batch(self, logits: list[Tensor]) -> Tensor:
         """Logits [B, kept, V] of the batch from [1, n, V] of the rows that were read."""
         if self._last:
-            return torch.cat(logits)[torch.tensor(order, device="cpu")]
-        return torch.cat([self._spread(logits[place], real) for place, real in zip(order, self._real, strict=True)])
+            return torch.cat(logits)[torch.tensor(self._order, device="cpu")]
+        return torch.cat(
+            [self._spread(logits[place], real) for place, real in zip(self._order, self._real, strict=True)]
+        )
 
     @staticmethod
     def _spread(logits: Tensor, real: Tensor) -> Tensor:

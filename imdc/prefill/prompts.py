@@ -49,22 +49,14 @@ class Prompts:
         if attention_mask is not None:
             check_mask_shape(attention_mask, (rows, columns), seen)
         real = real_tokens(input_ids, attention_mask)
-        texts = list(input_ids)
-        if attention_mask is not None:
-            texts = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
+        # Picking tokens out by a mask makes the host wait for the device.
+        masked = attention_mask is not None
+        texts = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)] if masked else list(input_ids)
         for number, text in enumerate(texts):
             if text.numel() == 0:
                 raise UnsupportedCallError(f"row {number} of input_ids is all padding: an empty prompt; pass a token")
         unique, order = _distinct(texts) if alike else (list(range(rows)), list(range(rows)))
-        return cls(texts, unique, order, WantedLogits(real, logits_to_keep))
-
-    def kept_logits(self, number: int) -> int:
-        """How many last tokens of the row that is read as the `number`-th one need logits, at least 1."""
-        return self.wanted.keep(self.order, number)
-
-    def logits(self, read: list[Tensor]) -> Tensor:
-        """Logits [B, kept, V] of the batch from [1, n, V] of the rows that were read."""
-        return self.wanted.of_batch(read, self.order)
+        return cls(texts, unique, order, WantedLogits(real, logits_to_keep, order))
 
 
 def _distinct(texts: list[Tensor]) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from imdc.model.parts import Parts
 from imdc.observers import find_observer
 from imdc.prefill.backends import Backend
 from imdc.prefill.hook import running
-from imdc.prefill.prompts import Prompts
+from imdc.prefill.logits import WantedLogits
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import ProbeResult, Recorder
 from imdc.prefill.renumber import turned
@@ -36,6 +36,7 @@ class RowsRead:
     Attributes:
         turns: what was read; their rows are the memory now.
         outputs: of the model, of each row, with logits [1, n, V] of its last tokens.
+        backend: who attended.
         reports: of all steps.
         recorded: of each row, where it was asked for.
         recalled_bytes: read of the store.
@@ -45,6 +46,7 @@ class RowsRead:
 
     turns: list[RowTurn]
     outputs: list[Any]
+    backend: str
     reports: tuple[StepReport, ...]
     recorded: tuple[ProbeResult, ...]
     recalled_bytes: int
@@ -84,15 +86,22 @@ class Reader:
         self._finished_bytes = self._recalled_bytes = 0
         self._recall_seconds = 0.0
 
-    def read_all(self, turns: list[RowTurn], prompts: Prompts, forward_options: dict[str, Any]) -> RowsRead:
-        """Read rows as `turns` say, and give logits of as many last tokens of each as `prompts` want."""
+    def read_all(self, turns: list[RowTurn], wanted: WantedLogits, forward_options: dict[str, Any]) -> RowsRead:
+        """Read rows as `turns` say, and give logits of as many last tokens of each as are `wanted`."""
         device = self._parts.device()
         outputs = [
-            self._read(turn, turn.ids.to(device), number, forward_options, keep=prompts.kept_logits(number))
+            self._read(turn, turn.ids.to(device), number, forward_options, keep=wanted.keep(number))
             for number, turn in enumerate(turns)
         ]
-        recorded = tuple(self._recorded or ())
-        return RowsRead(turns, outputs, tuple(self._reports), recorded, self._recalled_bytes, self._recall_seconds)
+        return RowsRead(
+            turns=turns,
+            outputs=outputs,
+            backend=self._tools.backend.name,
+            reports=tuple(self._reports),
+            recorded=tuple(self._recorded or ()),
+            recalled_bytes=self._recalled_bytes,
+            recall_seconds=self._recall_seconds,
+        )
 
     def _read(self, turn: RowTurn, ids: Tensor, number: int, forward_options: dict[str, Any], *, keep: int) -> Any:
         """Read `ids` int64 [n] as `turn` says; returns the output with logits [1, keep, V] of the last tokens."""
