@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 # Before anything imports them: no test may reach for the hub, and Triton without a GPU needs its interpreter.
@@ -25,6 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from imdc.model.loading import SMOLLM2_INSTALL, find_smollm2_gguf, load_model
 from imdc.prefill import hook
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from interpreter import patch_language_once_per_launch
+
+    patch_language_once_per_launch()
 
 # Its assertions are those of tests, and shall show what they compared.
 pytest.register_assert_rewrite("promises")
