@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from imdc.cache.file import load_cache as load_cache
     from imdc.cache.file import save_cache as save_cache
     from imdc.config import PrefillConfig as PrefillConfig
+    from imdc.model.language_model import language_model as language_model
     from imdc.observers import GENERAL_QUESTIONS as GENERAL_QUESTIONS
     from imdc.observers import Observer as Observer
     from imdc.planner.plan import Plan as Plan
@@ -31,6 +32,7 @@ _HOMES = {
     "PrefillConfig": "imdc.config",
     "ImdcCache": "imdc.cache.cache",
     "PatchHandle": "imdc.prefill.patch",
+    "language_model": "imdc.model.language_model",
     "patch": "imdc.prefill.patch",
     "ProbeResult": "imdc.prefill.recording",
     "probe": "imdc.prefill.probe",

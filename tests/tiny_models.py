@@ -67,6 +67,8 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
 }
 
+# What their configs are made from.
+TEXT_SHAPES = {family: {**_SHAPE, **extra} for family, (_, extra) in _CLASSES.items()}
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: functools.partial(build, family) for family in _CLASSES}
 
 

@@ -102,6 +102,8 @@ _ROWS = (
 )
 _KNOWN = {row.model_type: row for row in _ROWS}
 FAMILIES: dict[str, Family] = {name: row for name, row in _KNOWN.items() if row.title}
+# Models of images and text whose language model is of a supported family; see `imdc.language_model`.
+IMAGE_READERS = ("gemma3", "mistral3")
 GGUF_NAMES = {row.gguf: row.model_type for row in _ROWS if row.gguf}
 
 
@@ -122,12 +124,17 @@ def family_of(config: Any) -> Family:
     """The table row of a transformers config.
 
     Raises:
-        UnsupportedModelError: the architecture is not supported, or is an encoder-decoder.
+        UnsupportedModelError: the architecture is not supported, is an encoder-decoder, or reads images too.
     """
     model_type = getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model_type={model_type!r} is an encoder-decoder; imdc prefills decoder-only models: {supported()}"
+        )
+    if model_type in IMAGE_READERS:
+        raise UnsupportedModelError(
+            f"model_type={model_type!r} also reads images; prefill with the language model in it, which shares its "
+            f"weights: model = imdc.language_model(model)"
         )
     if model_type not in FAMILIES:
         hint = did_you_mean(str(model_type), FAMILIES)

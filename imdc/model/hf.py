@@ -14,7 +14,7 @@
 | `CacheLayerMixin`, `DynamicSlidingWindowLayer` | bases of imdc's cache layers | 5.17 to 5.24 |
 | assisted decoding passes the whole text of a later turn again | `Turn.columns` of imdc's cache | 5.17 to 5.24 |
 | `Phi3ForCausalLM.prepare_inputs_for_generation` drops the cache | `keeping_cache` | 5.17 to 5.24 |
-| `_hf_hook.execution_device` (accelerate) | where offloaded weights compute | accelerate 1.1 and newer |
+| `_hf_hook.execution_device`, `.skip_keys` (accelerate) | where offloaded weights compute | accelerate 1.1 and newer |
 | `GenerationConfig.is_assistant` | whether a model drafts for another one | 5.17 to 5.24 |
 """
 
@@ -63,6 +63,7 @@ __all__ = [
     "execution_device",
     "keeping_cache",
     "silenced",
+    "take_hook",
     "sliding_windows",
 ]
 
@@ -215,3 +216,12 @@ def execution_device(module: nn.Module) -> torch.device:
                 return torch.device(device)
     weight = next(module.parameters())
     return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def take_hook(source: nn.Module, target: nn.Module) -> None:
+    """Let `target` bring its inputs and outputs to one device as accelerate makes `source` do, where it does."""
+    hook: Any = getattr(source, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        add_hook_to_module(target, AlignDevicesHook(io_same_device=True, skip_keys=getattr(hook, "skip_keys", None)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from imdc.errors import ConfigError, ImdcError
 from imdc.model.config_file import hub_file, looks_local
+from imdc.model.families import IMAGE_READERS
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, in evaluation mode.
+    """Load a causal language model and its tokenizer, in evaluation mode; the one inside a model that reads images too.
 
     Args:
         name_or_path: A folder, a hub id, or a `.gguf` file itself.
@@ -81,11 +82,15 @@ def load_model(
         raise LoadError(f"model folder not found: {source!r}. Give a folder, a .gguf file or a hub id.")
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    from imdc.model.language_model import language_model
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolved)
+        reads_images = AutoConfig.from_pretrained(source).model_type in IMAGE_READERS
+        auto = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+        model = language_model(auto.from_pretrained(source, dtype=resolved))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise LoadError(f"cannot load a model from {source!r}: {first_line}") from error

@@ -48,7 +48,7 @@ class ModelShape:
         rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
         norms_per_layer: RMS norms per layer besides those of queries and keys.
         weight_bits: bits per weight of the layers' matrices where the checkpoint is quantised, else None.
-        text_part: the config has other parts too, such as a vision tower, which are not counted.
+        text_part_of: `model_type` of a config that has other parts too, such as a vision tower, which are not counted.
         weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
     """
 
@@ -79,7 +79,7 @@ class ModelShape:
     rotary_bases: int = 1
     norms_per_layer: int = 2
     weight_bits: int | None = None
-    text_part: bool = False
+    text_part_of: str | None = None
     weight_bytes: int | None = None
 
     @property
@@ -139,7 +139,7 @@ class ModelShape:
         """
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError("the model is an encoder-decoder; imdc reads prompts of decoder-only models")
-        text_part = getattr(config, "text_config", None) is not None
+        whole = str(config.model_type) if getattr(config, "text_config", None) is not None else None
         config, family = completed(config)
         row = describe(family)
         q_heads = size_of(config, family, "num_attention_heads", "n_head")
@@ -184,7 +184,7 @@ class ModelShape:
             float_rotary=row.float_rotary,
             rotary_bases=1 + row.rope_by_layer_type,
             weight_bits=weight_bits(config),
-            text_part=text_part,
+            text_part_of=whole,
             norms_per_layer=row.norms,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 from imdc.config import PrefillConfig, resolve_config
 from imdc.layer_budgets import planned_layers, shares_in_words
 from imdc.model.backend_rule import ANY_MACHINE, Machine
-from imdc.model.families import FAMILIES
+from imdc.model.families import FAMILIES, IMAGE_READERS
 from imdc.model.shape import ModelShape
 from imdc.planner.asking import asked
 from imdc.planner.batch import Batch, Kept
@@ -177,8 +177,12 @@ class Plan:
         """What a reader of the numbers has to know of this model; often nothing."""
         shape, moved = self.shape, (self.question_moved_bytes, self.renewal_moved_bytes)
         notes = host_notes(shape, self.batch, self.config, *moved)
-        if shape.family not in FAMILIES:
-            notes.append(f"note: imdc.patch does not support {shape.family!r}; this is what it would take if it did")
+        whole = shape.text_part_of
+        unknown = (
+            shape.family if shape.family not in FAMILIES else whole if whole not in (None, *IMAGE_READERS) else None
+        )
+        if unknown is not None:
+            notes.append(f"note: imdc.patch does not support {unknown!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
         problem = compact_misfit(shape, self.config, steps, self.batch.new_tokens) if self.compact else None
         if problem is not None:
@@ -190,7 +194,7 @@ class Plan:
             window = format_tokens(shape.window or 0)
             layers = f"{shape.sliding_layers} of {shape.layers} layers"
             notes.append(f"note: {layers} see a window of {window} tokens; {others}")
-        if shape.text_part:
+        if whole is not None:
             notes.append("note: the text part alone; weights of other parts, such as a vision tower, come on top")
         if shape.weight_bits and shape.weight_bytes is None:
             bits = f"{shape.weight_bits} bits with their scales"
