@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build
+from tiny_models import FAMILIES, MIXED, build
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,7 +16,7 @@ from imdc.model import hf
 ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
 TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 LENGTH = 110
-WINDOWED = ("mistral_sliding", "gemma2", "gemma3")
+WINDOWED = ("mistral_sliding", *MIXED)
 NEW = 8
 
 

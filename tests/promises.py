@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny_models import build
+from tiny_models import build, two_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,14 +21,11 @@ from imdc.model import hf
 from imdc.prefill.step import StepRun
 
 MODES = ("greedy", "beams", "lookup", "assisted")
-_TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
-_TWO_MIXED = {**_TWO_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
-_OVERRIDES = {"gemma2": _TWO_MIXED, "gemma3": _TWO_MIXED, "smollm3": {**_TWO_LAYERS, "no_rope_layers": [1, 0]}}
 
 
 @functools.cache
 def model_of(family: str, window: int) -> PreTrainedModel:
-    return build(family, max_position_embeddings=window, **_OVERRIDES.get(family, _TWO_LAYERS))
+    return build(family, max_position_embeddings=window, **two_layers(family))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, greedy, token_ids
+from tiny_models import FAMILIES, build, greedy, token_ids, two_layers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -25,9 +25,6 @@ TIGHT: dict[str, Any] = {
     "initial_memory": 0.25,
 }
 LONG = 4300
-_TWO: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 16384}
-_MIXED = {**_TWO, "layer_types": ["sliding_attention", "full_attention"]}
-_OVERRIDES = {"gemma2": _MIXED, "gemma3": _MIXED, "smollm3": {**_TWO, "no_rope_layers": [1, 0]}}
 
 
 class Widths:
@@ -54,7 +51,7 @@ def model() -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_long_prompt_is_bounded_in_every_family(family: str) -> None:
-    model = build(family, **_OVERRIDES.get(family, _TWO))
+    model = build(family, max_position_embeddings=16384, **two_layers(family))
     with imdc.patch(model, memory_tokens=512, chunk_tokens=512) as handle, Widths(model) as widths:
         output = model.generate(token_ids(LONG), max_new_tokens=2, do_sample=False, pad_token_id=0,
                                 return_dict_in_generate=True)  # fmt: skip

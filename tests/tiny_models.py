@@ -62,14 +62,25 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", {**_MIXED, "query_pre_attn_scalar": 16}),
     "granite": ("Granite", {"attention_multiplier": 0.25}),
     "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", _MIXED),
+    "seed_oss": ("SeedOss", {}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64}),
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
 }
 
+# With layers of both kinds.
+MIXED = ("gemma2", "gemma3", "olmo3")
 # What their configs are made from.
 TEXT_SHAPES = {family: {**_SHAPE, **extra} for family, (_, extra) in _CLASSES.items()}
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: functools.partial(build, family) for family in _CLASSES}
+
+
+def two_layers(family: str) -> dict[str, Any]:
+    """Overrides of a smaller model of a family, with a layer of either kind where it has both."""
+    if family in MIXED:
+        return {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return {"num_hidden_layers": 2, **({"no_rope_layers": [1, 0]} if family == "smollm3" else {})}
 
 
 def token_ids(length: int = 110, rows: int = 1, *, seed: int = 0) -> torch.Tensor:
