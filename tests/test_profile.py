@@ -6,13 +6,15 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from tiny_models import FAMILIES
-from transformers import PreTrainedTokenizerBase
+from tiny_models import FAMILIES, build
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import imdc.cli.profile as command
+from imdc.cli.answer import answer
 from imdc.cli.main import build_parser, main
 from imdc.config import PrefillConfig
 from imdc.errors import UnsupportedCallError
@@ -82,6 +84,22 @@ def test_resident_memory_sees_a_peak() -> None:
     after = peak_resident_bytes()
     assert before is not None and after is not None
     assert after - before > 0.8 * block.nbytes
+
+
+@pytest.mark.parametrize("reads", ["generate", "profile"])
+def test_weights_that_loading_left_in_their_file_count_as_no_memory_of_a_prompt(reads: str, tmp_path: Path) -> None:
+    if resident_bytes() is None:
+        pytest.skip("/proc does not tell the resident memory here")
+    build("llama", vocab_size=200_000).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    head = model.lm_head.weight.nbytes
+    assert head > 45 * MIB
+    if reads == "profile":
+        peak = measure(model, prompt(300), CONFIG).resident_bytes
+    else:
+        tokenizer = mock.Mock(decode=lambda *_, **__: "")
+        peak = answer(model, tokenizer, prompt(300)[0].tolist(), max_new_tokens=1, config=CONFIG).peak_bytes
+    assert peak is not None and peak < head / 2
 
 
 def test_measure_reports_every_step_and_layer() -> None:

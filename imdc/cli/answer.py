@@ -194,8 +194,9 @@ def answer(
     import torch
 
     import imdc
-    from imdc.profiler.allocations import PeakMemory
+    from imdc.profiler.allocations import PeakMemory, make_resident
 
+    make_resident(model)
     input_ids = torch.tensor([ids], device=model.device)
     handle = imdc.patch(model, config, on_step=on_step) if config is not None else None
     try:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,6 +182,18 @@ def return_free_heap() -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
+
+
+def make_resident(model: nn.Module) -> None:
+    """Read one byte of every page of the weights in host memory.
+
+    Loading maps them from their file, and what is first used while a prompt is read would count as its memory.
+    """
+    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+    for tensor in (*model.parameters(), *model.buffers()):
+        # A weight made of others, such as a quantised one, has no storage of its own.
+        if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::page].sum()
 
 
 class PeakMemory:

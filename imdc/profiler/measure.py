@@ -30,6 +30,7 @@ from imdc.prefill.patch import patch
 from imdc.profiler.allocations import (
     Allocations,
     allocations_of,
+    make_resident,
     peak_resident_bytes,
     reset_peak_resident,
     resident_bytes,
@@ -226,6 +227,7 @@ class _Meter:
         self.device: torch.device = decoder.get_input_embeddings().weight.device
         self.layers: nn.ModuleList = decoder.layers
         self.counter: Allocations = allocations_of(self.device)
+        make_resident(model)
         self._layer_peaks: list[int] = []
         self._resident = 0
         self._began = 0.0
