@@ -63,8 +63,8 @@ __all__ = [
     "execution_device",
     "keeping_cache",
     "silenced",
-    "take_hook",
     "sliding_windows",
+    "take_hook",
 ]
 
 # Releases that the tests pass with: from the first on, and below the second. setup.py says the same to pip.

@@ -193,7 +193,7 @@ def make_resident(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         # A weight made of others, such as a quantised one, has no storage of its own.
         if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
-            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::page].sum()
+            torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())[::page].sum()
 
 
 class PeakMemory:
