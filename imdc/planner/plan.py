@@ -178,8 +178,9 @@ class Plan:
         shape, moved = self.shape, (self.question_moved_bytes, self.renewal_moved_bytes)
         notes = host_notes(shape, self.batch, self.config, *moved)
         whole = shape.text_part_of
-        unknown = [shape.family] * (shape.family not in FAMILIES) or [whole] * (whole not in (None, *IMAGE_READERS))
-        notes += [f"note: imdc.patch does not support {one!r}; this is what it would take if it did" for one in unknown]
+        if shape.family not in FAMILIES or whole not in (None, *IMAGE_READERS):
+            unknown = whole if shape.family in FAMILIES else shape.family
+            notes.append(f"note: imdc.patch does not support {unknown!r}; this is what it would take if it did")
         steps = [step.step for step in self.steps]
         problem = compact_misfit(shape, self.config, steps, self.batch.new_tokens) if self.compact else None
         if problem is not None:
