@@ -9,6 +9,7 @@ import torch
 from longbench_tasks import INSTALL, TaskError
 
 from imdc.model.loading import load_model
+from imdc.profiler.allocations import make_resident
 
 
 def load_harness(name: str, gguf_file: str | None, dtype: str, device: torch.device) -> Any:
@@ -32,7 +33,6 @@ def load_harness(name: str, gguf_file: str | None, dtype: str, device: torch.dev
 
 @torch.no_grad()
 def _warm_up(lm: Any) -> None:
-    """Touch every weight once: files are mapped lazily, and the first answer's peak memory would hold all of them."""
-    for weight in lm.model.parameters():
-        weight.sum()
+    """Touch every weight once, and what a first call sets up: the first answer's peak memory would hold all of it."""
+    make_resident(lm.model)
     lm.model(torch.tensor([[lm.prefix_token_id]], device=lm.device))
