@@ -88,9 +88,9 @@ def load_model(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        reads_images = AutoConfig.from_pretrained(source).model_type in IMAGE_READERS
-        auto = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-        model = language_model(auto.from_pretrained(source, dtype=resolved))
+        config = AutoConfig.from_pretrained(source)
+        auto = AutoModelForImageTextToText if config.model_type in IMAGE_READERS else AutoModelForCausalLM
+        model = language_model(auto.from_pretrained(source, config=config, dtype=resolved))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise LoadError(f"cannot load a model from {source!r}: {first_line}") from error
