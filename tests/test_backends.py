@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DEVICE
-from tiny_models import FAMILIES, greedy, token_ids
+from tiny_models import FAMILIES, build, greedy, token_ids, two_layers
 
 import imdc
 from imdc.config import PrefillConfig
@@ -61,9 +61,7 @@ def _mask(memory: int, chunk: int, window: int | None) -> torch.Tensor:
 )
 def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, options: dict[str, Any]) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    model = FAMILIES[family](num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) if (
-        family == "gemma3") else FAMILIES[family](num_hidden_layers=2)  # fmt: skip
-    model.to(DEVICE)
+    model = build(family, **two_layers(family)).to(DEVICE)
     ids = token_ids(90).to(DEVICE)
     outputs = {}
     for backend in ("reference", "triton"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from mode_cases import ROOMY, TIGHT
 from tiny_models import TEXT_SHAPES, build, greedy, token_ids
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,8 +17,6 @@ from imdc.errors import UnsupportedModelError
 from imdc.model.families import IMAGE_READERS
 from imdc.model.loading import load_model
 
-ROOMY = {"memory_tokens": 512, "chunk_tokens": 32}
-TIGHT = {"memory_tokens": 48, "chunk_tokens": 24, "sink_tokens": 2, "recent_tokens": 8, "initial_memory": 0.25}
 _EYE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14, "head_dim": 16,
@@ -107,8 +105,10 @@ def test_offloaded_weights_give_the_same_tokens(tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path / "model")
     places: dict[str, Any] = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "disk"}
     places["model.language_model"] = "disk"
-    load = functools.partial(transformers.AutoModelForImageTextToText.from_pretrained, tmp_path / "model")
-    model = imdc.language_model(load(device_map=places, offload_folder=tmp_path / "offload"))
+    placed = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    model = imdc.language_model(placed)
     assert all(x.is_meta for x in model.parameters())
     plain = imdc.language_model(whole)
     with imdc.patch(model, **TIGHT), imdc.patch(plain, **TIGHT):

@@ -40,8 +40,8 @@ LLAMA_8B = {
 
 def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float32 model in eval mode; `overrides` go to its config."""
-    name, extra = _CLASSES[family]
-    config = getattr(transformers, f"{name}Config")(**{**_SHAPE, **extra, **overrides})
+    name, _ = _CLASSES[family]
+    config = getattr(transformers, f"{name}Config")(**{**TEXT_SHAPES[family], **overrides})
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     return model.eval()
@@ -70,7 +70,7 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # With layers of both kinds.
-MIXED = ("gemma2", "gemma3", "olmo3")
+MIXED = tuple(family for family, (_, extra) in _CLASSES.items() if "layer_types" in extra)
 # What their configs are made from.
 TEXT_SHAPES = {family: {**_SHAPE, **extra} for family, (_, extra) in _CLASSES.items()}
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: functools.partial(build, family) for family in _CLASSES}
