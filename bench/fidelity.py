@@ -30,6 +30,7 @@ from longbench_store import Store, StoreError
 from longbench_ways import FULL, Amount, Way
 from record import RESULTS, ROOT, circumstances, options, write
 
+from imdc.cli.answer import choose_device
 from imdc.config import PrefillConfig
 from imdc.model.loading import load_model
 from imdc.observers import OBSERVERS
@@ -50,18 +51,19 @@ def run(args: argparse.Namespace) -> int:
         ImdcError: bad input, missing data or models, or a folder of another run.
     """
     began = time.perf_counter()
+    device = choose_device(args.device)
     shares = [Amount.parse(text) for text in args.memory.split(",")]
     ways = parse_methods(args.methods, shares=shares, chunk=Amount.parse(args.chunk_tokens), observer=args.observer)
     records = qa_records(args.data_dir, args.tasks.split(","), args.seed) if args.records else []
     # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
-    started = circumstances()
+    started = circumstances(commit=args.commit) | {"device": str(device)}
     wanted = answered = 0
     with Store(args.output, 0) as store:
         store.check_settings({"dtype": args.dtype, "seed": args.seed, "observer": args.observer})
         store.note_session(started)
         names = args.models.split(",")
         for number, name in enumerate(names):
-            model, tokenizer = load_model(begin.model_source(name), dtype=args.dtype)
+            model, tokenizer = load_model(begin.model_source(name), dtype=args.dtype, device=device)
             questions = [
                 *qa_questions(tokenizer, records, args.records, (args.min_prompt_tokens, args.max_prompt_tokens)),
                 *planted_questions(tokenizer, args),
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run, new or to go on with")
     parser.add_argument("--models", default="smollm2,gemma3", help="smollm2, gemma3, folders, .gguf files or hub ids")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument(
         "--methods",
         default="full,one-shot,fm,im,imdc",
@@ -180,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-minutes", type=float, default=110, help="begin no further answer after so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="of records, needles and intervals")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: its own choice)")
+    parser.add_argument("--commit", help="the commit that is run, where there is no git to ask")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     return parser
 

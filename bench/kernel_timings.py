@@ -36,7 +36,9 @@ TARGETS = {
     "forward_tflops": (450.0, math.inf),
     "compression_share_of_layer": (0.0, 0.05),
     "auto_over_fastest_backend": (1.0, 1.03),
+    "strided_scoring_share_of_layer": (0.0, 0.04),
 }
+STRIDE = 4  # of the rows that vote where all may
 # (rows, columns, warps, stages) of the attention kernel; two programs of the last two fit a multiprocessor.
 WIDE = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4))
 SWEEP = (*WIDE, (64, 128, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
@@ -138,8 +140,11 @@ def attention_flops(memory: int) -> float:
     return 4.0 * Q_HEADS * DIM * (CHUNK * memory + CHUNK * (CHUNK + 1) / 2)
 
 
-def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> float:
-    """Milliseconds of scoring, pooling, selection and compaction together, each timed beside PyTorch's own."""
+def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> tuple[float, float]:
+    """(milliseconds of scoring, pooling, selection and compaction together, those of scoring by every fourth row).
+
+    Each is timed beside PyTorch's own. The latter counts attention alone, which one product yields.
+    """
     from imdc.kernels.chunk_attention import chunk_attention
     from imdc.kernels.compact import compact
     from imdc.kernels.key_mass import key_mass
@@ -148,10 +153,14 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
     keys, memory = k.shape[2], k.shape[2] - CHUNK
     out, lse = chunk_attention(q, k, v, scale=SCALE)
     by_attention = partial(key_mass, q, k, lse, scale=SCALE)
-    few, every = (partial(by_attention, rows=rows, v=v, out=out) for rows in (OBSERVERS, CHUNK))
+    few = partial(by_attention, rows=OBSERVERS, v=v, out=out)
     flops = 4.0 * Q_HEADS * DIM * OBSERVERS * (keys - OBSERVERS / 2)
     total = timings.add(f"scoring: {OBSERVERS} rows", memory, few, flops=flops, gbytes=2 * k.nbytes / 1e9)
-    timings.add("scoring: all rows", memory, every, flops=attention_flops(memory))
+    strided = math.nan
+    for stride, voters in ((1, "all rows"), (STRIDE, f"every {STRIDE}th row")):
+        every, pairs = partial(by_attention, rows=CHUNK, stride=stride), attention_flops(memory) / stride
+        timings.add(f"scoring: {voters}", memory, partial(every, v=v, out=out), flops=pairs)
+        strided = timings.add(f"scoring: {voters}, by attention", memory, every, flops=pairs / 2)
     plain = partial(by_attention, rows=OBSERVERS)
     timings.add("scoring: by attention", memory, plain, flops=flops / 2, gbytes=k.nbytes / 1e9)
     mass = few()
@@ -166,7 +175,7 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
     moved = 4 * keep * KV_HEADS * DIM * 2 / 1e9
     total += timings.add("compaction: triton", memory, lambda: compact(k, v, indices), gbytes=moved)
     timings.add("compaction: torch.gather", memory, lambda: (k.gather(2, index), v.gather(2, index)), gbytes=moved)
-    return total
+    return total, strided
 
 
 def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> dict[str, float]:
@@ -211,12 +220,13 @@ def time_memory(timings: Timings, memory: int, linear: float, sweep: bool) -> di
     q, k, v = inputs(memory)
     keep = min(KEEP, memory + CHUNK // 2)
     attention, rival = time_attention(timings, q, k, v, sweep)
-    compression = time_compression(timings, q, k, v, keep)
+    compression, strided = time_compression(timings, q, k, v, keep)
     steps = time_backends(timings, q, k, v, keep)
     verdict = {
         "forward_tflops": attention_flops(memory) / attention / 1e9,
         "forward_over_fastest_rival": _ratio(attention, rival),
         "compression_share_of_layer": compression / (linear + attention + compression),
+        "strided_scoring_share_of_layer": strided / (linear + attention + strided),
         "step_over_its_parts": _ratio(steps["triton"], attention + compression),
         "auto_over_fastest_backend": _ratio(steps["auto"], min(steps.values())),
     }

@@ -3,14 +3,16 @@
     python bench/long_prompts.py --prompt-tokens 32768 131072 --ways imdc fm full-cudnn full-flash chunked
     python bench/long_prompts.py --prompt-tokens 1048576 --ways imdc fm --repeats 1
     python bench/long_prompts.py --prompt-tokens 131072 --ways imdc fm --setting 1024,1024 1024,8192
+    python bench/long_prompts.py --prompt-tokens 131072 --ways imdc imdc+recall full-flash --new-tokens 33
     python bench/long_prompts.py --prompt-tokens 32768 --ways imdc --profile --liger
 
 The model is Llama-3.1-8B's shape with random weights made on the device, whose bytes and time are those of the real
 one. "full-cudnn" and "full-flash" are the unpatched model with PyTorch's fused attention held to that backend,
-"chunked" is generate(prefill_chunk_size=4096) of transformers. Every way calls generate() for one token; bytes are
-the caching allocator's above the weights. Times are medians, and the ways take turns; "chunked" is read once. `floor`
-is the time that the matrix products, the attention and the scoring of a way would take at the rate of a large matrix
-product measured in the same run.
+"chunked" is generate(prefill_chunk_size=4096) of transformers, "imdc+recall" keeps what is evicted in host memory.
+Every way calls generate() for one token, and with --new-tokens once more for so many; bytes are the caching
+allocator's above the weights. Times are medians, and the ways take turns; "chunked" is read once. `floor` is the time
+that the matrix products, the attention and the scoring of a way would take at the rate of a large matrix product
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ from imdc.config import PrefillConfig
 from imdc.errors import ImdcError
 from imdc.units import GIB
 
-OURS = ("imdc", "im", "fm")
+OURS: dict[str, dict[str, Any]] = {
+    **{schedule: {"schedule": schedule} for schedule in ("imdc", "im", "fm")},
+    "imdc+recall": {"schedule": "imdc", "recall": "host"},
+}
 FULL = {"full-cudnn": SDPBackend.CUDNN_ATTENTION, "full-flash": SDPBackend.FLASH_ATTENTION}
 WAYS = (*OURS, *FULL, "chunked")
 STOCK_CHUNK = 4096
@@ -57,7 +62,10 @@ class Row:
     config: PrefillConfig | None = None
     backend: str = ""
     seconds: list[float] = field(default_factory=list)
+    token_seconds: float | None = None
     peak_bytes: int = 0
+    host_bytes: int = 0
+    recalled_bytes: int = 0
     predicted_bytes: int | None = None
     flops: int | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
@@ -82,7 +90,11 @@ class Row:
             "floor_seconds": floor,
             # 1 where nothing but that arithmetic would take time.
             "share_of_floor": floor / median if floor and median else None,
+            # Of the answer, after its first token.
+            "seconds_per_token": self.token_seconds,
             "peak_bytes": self.peak_bytes or None,
+            "host_bytes": self.host_bytes or None,
+            "recalled_bytes": self.recalled_bytes or None,
             "predicted_bytes": self.predicted_bytes,
             "error": self.predicted_bytes / self.peak_bytes - 1 if self.predicted_bytes and self.peak_bytes else None,
             "kernels": self.kernels,
@@ -102,8 +114,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
                 yield Row(way, tokens)
                 continue
             for chunk, memory in dict.fromkeys(args.setting):
-                config = PrefillConfig(schedule=way, chunk_tokens=chunk, memory_tokens=memory, backend=args.backend)
-                yield Row(way, tokens, config)
+                sizes = {"chunk_tokens": chunk, "memory_tokens": memory}
+                yield Row(way, tokens, PrefillConfig(backend=args.backend, **sizes, **OURS[way]))
 
 
 @contextmanager
@@ -114,19 +126,25 @@ def ready(model: Any, row: Row) -> Iterator[dict[str, Any]]:
             yield {}
             if handle.report is not None:
                 row.backend = handle.report.backend
+                row.host_bytes, row.recalled_bytes = handle.report.host_bytes, handle.report.recalled_bytes
         return
     with sdpa_kernel([FULL[row.way]]) if row.way in FULL else nullcontext():
         yield {} if row.way in FULL else {"prefill_chunk_size": STOCK_CHUNK}
 
 
-def read(model: Any, ids: torch.Tensor, row: Row, *, profiled: bool = False) -> None:
-    """One reading of the prompt and one token; its seconds and bytes go into `row`."""
+def read(model: Any, ids: torch.Tensor, row: Row, *, new_tokens: int = 1, profiled: bool = False) -> None:
+    """One reading of the prompt and `new_tokens`; its seconds and bytes go into `row`, or those of a later token."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    generate: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    generate: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     try:
         with ready(model, row) as more, time_by_kernel() if profiled else nullcontext() as kernels:
             began = time.perf_counter()
@@ -138,6 +156,9 @@ def read(model: Any, ids: torch.Tensor, row: Row, *, profiled: bool = False) -> 
         return
     if kernels is not None:
         row.kernels = shares(kernels, taken)
+        return
+    if new_tokens > 1:
+        row.token_seconds = (taken - statistics.median(row.seconds)) / (new_tokens - 1)
         return
     row.seconds.append(taken)
     row.peak_bytes = max(row.peak_bytes, torch.cuda.max_memory_allocated() - before)
@@ -173,9 +194,11 @@ def show(row: Row, tflops: float) -> None:
     share, error = (value[name] for name in ("share_of_floor", "error"))
     floor = "" if share is None else f"floor {100 * share:.0f}% of that, "
     planned = "" if error is None else f", planned {100 * error:+.1f}%"
+    later = "" if row.token_seconds is None else f", then {1e3 * row.token_seconds:.1f} ms a token"
+    stored = "" if not row.host_bytes else f", {row.host_bytes / GIB:.2f} GiB on the host"
     print(
         f"{row.prompt_tokens:>8} {row.way:<11}{row.setting} {row.backend}: {value['median_seconds']:.3f} s "
-        f"({len(row.seconds)} runs, {floor}{row.peak_bytes / GIB:.2f} GiB above weights{planned})",
+        f"({len(row.seconds)} runs, {floor}{row.peak_bytes / GIB:.2f} GiB above weights{planned}{stored}{later})",
         flush=True,
     )
     for one in row.kernels:
@@ -197,6 +220,8 @@ def measure(model: Any, ids: torch.Tensor, rows: Sequence[Row], args: argparse.N
     for row in rows:
         if not row.failed:
             foresee(model, row)
+            if args.new_tokens > 1:
+                read(model, prompt, row, new_tokens=args.new_tokens)
             if args.profile:
                 read(model, prompt, row, profiled=True)
         show(row, tflops)
@@ -256,6 +281,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--setting", type=setting, nargs="+", default=[(4096, 4096)], metavar="CHUNK,MEMORY")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument(
+        "--new-tokens", type=positive, default=1, help="of one more answer, whose later tokens are timed"
+    )
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false")
     parser.add_argument("--profile", action="store_true", help="also where the time goes, by kinds of kernels")
     parser.add_argument("--liger", action="store_true", help="with the norms, rotary embedding and MLP of liger-kernel")

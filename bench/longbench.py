@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     rank, world, device = _place(args.device)
     # Before the run, whose code is what is loaded now: a commit made meanwhile is not what was measured.
-    started = {**circumstances(), "rank": rank, "processes": world, "device": str(device)}
+    started = {**circumstances(commit=args.commit), "rank": rank, "processes": world, "device": str(device)}
     started["versions"] |= {name: version(name) for name in ("lm-eval", "rouge", "jieba")}
     lm = load_harness(args.model, args.gguf_file, args.dtype, device)
     window = getattr(lm.config, "max_position_embeddings", None)
@@ -233,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the run, new or to go on with"
     )
+    parser.add_argument("--commit", help="the commit that is run, where there is no git to ask")
     data = parser.add_argument_group("questions")
     data.add_argument("--tasks", default="longbench", help="longbench, longbench_e or tasks with commas between them")
     data.add_argument(

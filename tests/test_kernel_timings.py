@@ -141,10 +141,13 @@ def test_every_kernel_and_rival_is_timed(timings: ModuleType) -> None:
     for memory in timings.MEMORIES:
         verdict = timings.time_memory(measured, memory, linear=100.0, sweep=False)
         assert 0.0 < verdict["compression_share_of_layer"] < 1.0
+        assert 0.0 < verdict["strided_scoring_share_of_layer"] < 1.0
         assert verdict["step_over_its_parts"] > 0.0 and verdict["auto_over_fastest_backend"] >= 1.0
     names = {row["name"].split(":")[0] for row in measured.rows}
     assert names == {"attention", "scoring", "selection", "compaction", "step"}
     ours = [row for row in measured.rows if "triton" in row["name"]]
+    voters = {row["name"]: row["tflops"] for row in measured.rows if row["name"].startswith("scoring: every")}
+    assert voters.keys() == {"scoring: every 4th row", "scoring: every 4th row, by attention"}
     assert len(ours) == 14 and all("milliseconds" in row for row in ours)
 
 

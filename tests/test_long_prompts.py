@@ -183,6 +183,21 @@ def test_a_whole_run_writes_what_it_measured(
     assert max(growth["imdc"], growth["fm"]) < 1.2 and min(growth["full-cudnn"], growth["chunked"]) > 1.7
 
 
+def test_later_tokens_are_timed_and_what_recall_stores_is_counted(
+    bench: ModuleType, faked_device: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SHORT, *SETTING, "--repeats", "1", "--no-warm-up", "--new-tokens", "9", "--out", str(tmp_path)]
+    assert bench.main([*words, "--ways", "imdc", "imdc+recall", "chunked"]) == 0
+    plain, recall, chunked = written(tmp_path)["rows"]
+    for row in (plain, recall, chunked):
+        # One reading gives the first token and another the rest, so that other work may even make this negative.
+        assert len(row["seconds"]) == 1 and abs(row["seconds_per_token"]) < 10
+    assert plain["host_bytes"] is plain["recalled_bytes"] is chunked["host_bytes"] is None
+    # Keys and values of 3 layers with 2 heads of 16 in float32, for every token before the sixteen that ask.
+    assert recall["host_bytes"] >= 2 * 3 * 2 * 16 * 4 * (120 - 16) and recall["recalled_bytes"] > 0
+    assert capsys.readouterr().out.count(" ms a token)") == 3
+
+
 def test_what_fails_is_written_beside_what_was_measured(
     bench: ModuleType, faked_device: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
