@@ -67,6 +67,26 @@ def test_plan_as_numbers_survives_json() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        # Keys and values of 32 layers, each of 4,096 pairs with 2 KiB.
+        ({"schedule": "imdc"}, "64.0 MiB"),
+        ({"schedule": "im"}, "64.0 MiB"),
+        # One size finds the blocks of the step before; a mebibyte and less is always split off; a CPU lends no blocks.
+        ({"schedule": "fm"}, None),
+        ({"memory_tokens": 512}, None),
+        ({"device": "cpu"}, None),
+    ],
+)
+def test_what_the_allocator_may_add_is_named(options: dict[str, Any], said: str | None) -> None:
+    notes = plan(
+        SimpleNamespace(**LLAMA_8B), 100_000, **{"memory_tokens": 4096, "chunk_tokens": 2048, **options}
+    ).notes()
+    wanted = f"note: up to {said} more, as PyTorch's allocator lends blocks that a growing memory does not fill"
+    assert notes == ([] if said is None else [wanted])
+
+
+@pytest.mark.parametrize(
     ("prompt", "positions", "compact"),
     [(131_072, "auto", False), (131_073, "auto", True), (1000, "compact", True), (200_000, "original", False)],
 )

@@ -7,9 +7,10 @@ from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
 from imdc.layer_budgets import planned_layers, shares_in_words
-from imdc.model.backend_rule import ANY_MACHINE, Machine
+from imdc.model.backend_rule import ANY_MACHINE, KERNELS, Machine
 from imdc.model.families import FAMILIES, IMAGE_READERS
 from imdc.model.shape import ModelShape
+from imdc.planner.allocator import allocator_notes
 from imdc.planner.asking import asked
 from imdc.planner.batch import Batch, Kept
 from imdc.planner.fit import compact_misfit, execution, fit_chunk, foresee, limit_bytes, with_chunk
@@ -186,6 +187,8 @@ class Plan:
         if problem is not None:
             notes.append(f"note: imdc.patch will refuse this: {problem}")
         notes += [f"note: {shared}" for shared in shares_in_words(self.config, shape.full_layers, steps)]
+        if self.backend in KERNELS:
+            notes += allocator_notes(shape, planned_layers(self.config, shape.full_layers, steps))
         if shape.sliding_layers:
             rest = shape.full_layers
             others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
