@@ -45,13 +45,22 @@ def questions(tokenizer: Any, args: argparse.Namespace) -> Iterator[Question]:
 
 
 def _needles(tokenizer: Any, args: argparse.Namespace) -> Iterator[Question]:
-    """Needles of `bench/needle.py`: its samples at this length and seed."""
+    """Needles of `bench/needle.py`: its samples at this length and seed, not in the order of their depths."""
     if not args.needles:
         return
     wanted = argparse.Namespace(data=args.books, samples=args.needles, prompt_tokens=args.needle_tokens, seed=args.seed)
-    for number, sample in enumerate(needle.make_samples(tokenizer, wanted)):
-        haystack = sample.haystack
+    samples = needle.make_samples(tokenizer, wanted)
+    for number in spread(len(samples)):
+        haystack = samples[number].haystack
         yield _question(tokenizer, NEEDLE, f"{args.needle_tokens}-{number}", haystack.prompt, haystack.needle.answer)
+
+
+def spread(count: int) -> list[int]:
+    """0..count-1 by their bits read backwards: as many as one likes from the front are spread over all of them.
+
+    Needles lie the deeper, the higher their number. A run that is cut off has some of all depths this way.
+    """
+    return sorted(range(count), key=lambda number: f"{number:032b}"[::-1])
 
 
 def _facts(tokenizer: Any, text: str, kind: str, tokens: int, seed: int) -> Question:

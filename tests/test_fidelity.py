@@ -145,6 +145,16 @@ def test_other_data_and_other_settings_are_not_mixed(
     assert "holds an answer to another prompt of hotpotqa a" in capsys.readouterr().err
 
 
+def test_a_run_that_is_cut_off_has_needles_of_all_depths(load: Load) -> None:
+    spread = load("fidelity_planted").spread
+    assert spread(6) == [0, 4, 2, 1, 5, 3] and spread(0) == []
+    for count in (20, 40):
+        assert sorted(spread(count)) == list(range(count))
+        for first in range(8, count):
+            quarters = [4 * number // count for number in spread(count)[:first]]
+            assert min(quarters.count(quarter) for quarter in range(4)) >= first // 8
+
+
 def test_append_only_evicts_nothing_that_it_kept_once(load: Load) -> None:
     amount = load("longbench_ways").Amount.parse
     ways = load("fidelity_ways").parse_methods(
