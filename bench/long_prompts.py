@@ -9,10 +9,9 @@
 The model is Llama-3.1-8B's shape with random weights made on the device, whose bytes and time are those of the real
 one. "full-cudnn" and "full-flash" are the unpatched model with PyTorch's fused attention held to that backend,
 "chunked" is generate(prefill_chunk_size=4096) of transformers, "imdc+recall" keeps what is evicted in host memory.
-Every way calls generate() for one token, and with --new-tokens once more for so many; bytes are the caching
-allocator's above the weights. Times are medians, and the ways take turns; "chunked" is read once. `floor` is the time
-that the matrix products, the attention and the scoring of a way would take at the rate of a large matrix product
-measured in the same run.
+Every way calls generate() for one token, and with --new-tokens once more for so many; bytes are the allocator's above
+the weights. Times are medians, and the ways take turns; "chunked" is read once. `floor` is the time that products,
+attention and scoring of a way would take at the rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -90,7 +89,6 @@ class Row:
             "floor_seconds": floor,
             # 1 where nothing but that arithmetic would take time.
             "share_of_floor": floor / median if floor and median else None,
-            # Of the answer, after its first token.
             "seconds_per_token": self.token_seconds,
             "peak_bytes": self.peak_bytes or None,
             "host_bytes": self.host_bytes or None,
@@ -171,8 +169,10 @@ def reason(error: Exception) -> str:
 
 def foresee(model: Any, row: Row) -> None:
     """What the planner says of `row`, bytes above the weights and arithmetic."""
+    # With recall a prompt's last tokens are its question.
+    asking = row.config.observation_tokens if row.config is not None and row.config.recall != "none" else 0
     try:
-        planned = imdc.plan(model, row.prompt_tokens, row.config, new_tokens=1)
+        planned = imdc.plan(model, row.prompt_tokens - asking, row.config, new_tokens=1, question_tokens=asking)
     except ImdcError as error:
         # What has been measured is written all the same.
         row.failed = reason(error)

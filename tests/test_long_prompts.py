@@ -196,6 +196,11 @@ def test_later_tokens_are_timed_and_what_recall_stores_is_counted(
     # Keys and values of 3 layers with 2 heads of 16 in float32, for every token before the sixteen that ask.
     assert recall["host_bytes"] >= 2 * 3 * 2 * 16 * 4 * (120 - 16) and recall["recalled_bytes"] > 0
     assert capsys.readouterr().out.count(" ms a token)") == 3
+    # Sixteen ask, not the 64 that a plan takes for a question it is told nothing of. (The host is the device here, so
+    # what is measured has the store in it.)
+    options = {"recall": "host", "chunk_tokens": 32, "memory_tokens": 64}
+    planned = imdc.plan(build("llama"), 120 - 16, new_tokens=1, question_tokens=16, **options)
+    assert recall["predicted_bytes"] == planned.peak.above_weights
 
 
 def test_what_fails_is_written_beside_what_was_measured(
