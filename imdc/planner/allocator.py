@@ -16,7 +16,7 @@ from imdc.units import MIB, format_bytes
 
 
 def unsplit_bytes(shape: ModelShape, held: Sequence[Sequence[int]]) -> int:
-    """Most that blocks may be larger than keys and values of the memory in them.
+    """Most that blocks may be larger than keys and values of the memory in them; the few others are not counted.
 
     Args:
         shape: the model.
