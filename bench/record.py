@@ -81,18 +81,23 @@ def relative(path: str | os.PathLike[str]) -> str:
     """The path as it reads on any machine.
 
     From the project's folder for what lies in it or beside it ("../shared/data"), from imdc's own cache for what lies
-    there; of any other absolute path only the last part is kept. A relative path stays as it is.
+    there; of any other only the last part is kept. A relative path stays as it is, unless it climbs two folders up.
     """
     text = os.fspath(path)
-    if not os.path.isabs(text):
+    if not os.path.isabs(text) and not _climbs(text):
         return text
-    lexical = Path(os.path.normpath(text))
+    lexical = Path(os.path.abspath(text))
     for base in (ROOT, cache_dir()):
         if lexical.is_relative_to(base):
             return lexical.relative_to(base).as_posix()
     if ROOT.parent.name and lexical.is_relative_to(ROOT.parent):
         return f"../{lexical.relative_to(ROOT.parent).as_posix()}"
     return lexical.name
+
+
+def _climbs(path: str) -> bool:
+    """Whether a relative path leads out of the folder beside the project's, where folders are the machine's own."""
+    return Path(os.path.normpath(path)).parts[:2] == ("..", "..")
 
 
 def _without_machine_paths(value: Any) -> Any:
@@ -104,8 +109,9 @@ def _without_machine_paths(value: Any) -> Any:
     if not isinstance(value, (str, Path)):
         return value
     option, equals, path = str(value).rpartition("=") if str(value).startswith("--") else ("", "", str(value))
-    # A model's answer may begin with a slash as well, so the first folder has to exist.
-    if os.path.isabs(path) and len(Path(path).parts) > 1 and os.path.exists(os.path.join(*Path(path).parts[:2])):
+    # A model's answer may look like a path as well, so its first folder, or where it climbs to the last, has to exist.
+    rooted = os.path.isabs(path) and len(Path(path).parts) > 1 and os.path.exists(os.path.join(*Path(path).parts[:2]))
+    if rooted or (_climbs(path) and os.path.exists(os.path.dirname(path))):
         path = relative(path)
     return f"{option}{equals}{path}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ def test_paths_are_relative_to_the_project_or_the_cache(
     record: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IMDC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
     assert record.relative(ROOT / "bench" / "results") == "bench/results"
     assert record.relative(ROOT) == "."
     assert record.relative(ROOT.parent / "shared" / "data") == "../shared/data"
@@ -48,18 +50,32 @@ def test_paths_are_relative_to_the_project_or_the_cache(
     assert record.relative(tmp_path / "cache" / "SmolLM2-v1") == "SmolLM2-v1"
     assert record.relative("/mnt/disk/somebody/models/llama") == "llama"
     assert record.relative("../shared/data/books") == "../shared/data/books"
+    assert record.relative("../a/../../runs/n8") == record.relative("../../../tmp/n8") == "n8"
     assert record.relative("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_a_written_result_names_no_machine_path(record: ModuleType, tmp_path: Path) -> None:
+def test_a_written_result_names_no_machine_path(
+    record: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     result = {
         "command": ["python", str(ROOT / "bench" / "needle.py"), f"--out={tmp_path}", "--model", str(tmp_path / "m")],
+        "output": os.path.relpath(tmp_path / "run"),
         "options": {"out": tmp_path, "setting": [[512, 4096]], "memory_of": None},
-        "rows": [{"answer": "/no such folder/ is 15306", "seconds": 1.5, "right": True, "ratio": "full / imdc"}],
+        "rows": [
+            {
+                "answer": "/no such folder/ is 15306",
+                "code": "../../no such folder/b.h",
+                "seconds": 1.5,
+                "right": True,
+                "ratio": "full / imdc",
+            }
+        ],
     }
     written = json.loads(record.write("needle", result, tmp_path / "results").read_text(encoding="utf-8"))
     assert written == {
         "command": ["python", "bench/needle.py", f"--out={tmp_path.name}", "--model", "m"],
+        "output": "run",
         "options": {"out": tmp_path.name, "setting": [[512, 4096]], "memory_of": None},
         "rows": result["rows"],
     }
