@@ -31,7 +31,7 @@ from longbench_read import read
 from longbench_report import Results, draw, markdown, summarize
 from longbench_store import Store, StoreError, unite
 from longbench_tasks import choose_tasks
-from longbench_ways import Amount, Way, WayError, parse_ways
+from longbench_ways import Amount, Way, parse_ways
 from record import circumstances
 
 from imdc.cli.answer import choose_device, quiet_transformers
@@ -192,16 +192,20 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _place(device: str | None) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device of this process, as `accelerate launch` or torchrun have set them."""
+    """Rank, number of processes and device of this process, as `accelerate launch` or torchrun have set them.
+
+    A `device` that is named is that of all processes: a small model leaves most of a GPU to others.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, choose_device(device)
     from accelerate import PartialState
 
-    if device is not None:
-        raise WayError(f"--device {device}: accelerate gives each process its own; leave --device out")
-    # The first to finish waits for the last, however long that takes. Of CPU processes accelerate must be told.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=52))
-    return state.process_index, state.num_processes, state.device
+    # All on one device talk to each other as processes of a CPU do, of which accelerate must be told. The first to
+    # finish waits for the last, however long that takes.
+    shared = None if device is None else choose_device(device)
+    cpu = shared is not None or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(weeks=52))
+    return state.process_index, state.num_processes, shared or state.device
 
 
 def _gather(store: Store, world: int) -> dict[Any, dict[str, Any]]:
@@ -228,7 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a folder, a .gguf file or a hub id")
     parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside the model folder or hub repository")
     parser.add_argument("--dtype", default="bfloat16", help="auto, float32, bfloat16 or float16 (default: bfloat16)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--device", help="such as cpu or cuda:1, of all processes (default: cuda where there is one, each its own)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: its own choice)")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the run, new or to go on with"
