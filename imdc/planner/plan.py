@@ -94,17 +94,17 @@ class Plan:
     @property
     def question_moved_bytes(self) -> int:
         """Bytes that the question reads of the store; 0 without recall."""
-        return moved_bytes(self.shape, self.config, self.batch, self._stored, self.compact)
+        return moved_bytes(self.shape, self.config, self.batch, self._held[-1], self.compact)
 
     @property
     def renewal_moved_bytes(self) -> int:
         """Bytes that its answer reads of the store each time when it takes its pairs back anew; 0 where it does not."""
-        return renewal_moved_bytes(self.shape, self.config, self.batch, self._stored)
+        return renewal_moved_bytes(self.shape, self.config, self.batch, self._held[-1])
 
     @property
-    def _stored(self) -> tuple[int, ...]:
-        """KV pairs that each compressed layer holds at the end."""
-        return planned_layers(self.config, self.shape.full_layers, [one.step for one in self.steps])[-1]
+    def _held(self) -> list[tuple[int, ...]]:
+        """KV pairs that each compressed layer holds before the first step, and after each."""
+        return planned_layers(self.config, self.shape.full_layers, [one.step for one in self.steps])
 
     def least_seconds(self, gpu: Gpu) -> float:
         """Time on `gpu` below which the prefill cannot be: every step's arithmetic or traffic at the peak rates."""
@@ -188,7 +188,7 @@ class Plan:
             notes.append(f"note: imdc.patch will refuse this: {problem}")
         notes += [f"note: {shared}" for shared in shares_in_words(self.config, shape.full_layers, steps)]
         if self.backend in KERNELS:
-            notes += allocator_notes(shape, planned_layers(self.config, shape.full_layers, steps))
+            notes += allocator_notes(shape, self._held)
         if shape.sliding_layers:
             rest = shape.full_layers
             others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
