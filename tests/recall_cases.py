@@ -12,6 +12,9 @@ from imdc.model.parts import Parts
 from imdc.prefill.backends import REFERENCE
 from imdc.prefill.recall import Recall
 
+# Attention sinks of its four query heads.
+SINKS = torch.tensor([-2.0, 0.0, 1.0, 4.0])
+
 
 def random_recall(tokens: int, compact: bool, int8: bool) -> tuple[Recall, Tensor, Tensor, Tensor]:
     """A store of one layer with random pairs, and queries, keys and values of a question of 7 tokens."""

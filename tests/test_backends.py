@@ -57,6 +57,8 @@ def _mask(memory: int, chunk: int, window: int | None) -> torch.Tensor:
         ("llama", {"positions": "compact"}),
         ("gemma3", {"positions": "compact"}),
         ("llama", {"observer": "all_queries", "observation_stride": 4}),
+        ("gpt_oss", {"positions": "original"}),
+        ("gpt_oss", {"positions": "compact"}),
     ],
 )
 def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, options: dict[str, Any]) -> None:

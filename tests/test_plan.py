@@ -164,6 +164,7 @@ def test_config_in_parts_takes_what_the_whole_says() -> None:
         ({"quant_method": "awq", "bits": 4}, 4),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
         ({"quant_method": "fp8"}, 8),
+        ({"quant_method": "mxfp4"}, 4),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, 4),
         ({"quant_method": "mystery", "config_groups": [1]}, None),
     ],

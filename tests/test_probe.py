@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DEVICE
-from tiny_models import FAMILIES, greedy, token_ids
+from tiny_models import FAMILIES, build, greedy, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -148,8 +148,10 @@ class Latest(AttentionObserver):
 
     name, query_aware, rides_along = "latest", True, True
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: int, model: Any) -> None:
         self.stride, self.noted = stride, {}  # type: ignore[var-annotated]
+        attentions = [layer.self_attn for layer in model.model.layers]
+        self.sinks = [getattr(attention, "sinks", torch.full((4,), float("-inf"))) for attention in attentions]
 
     def score(self, seen: Observation) -> Tensor:
         """The place of each key."""
@@ -159,15 +161,21 @@ class Latest(AttentionObserver):
         logits = q @ seen.k[0, :, None].double().transpose(2, 3) * seen.scale
         future = torch.ones(rows, seen.k.shape[2]).triu(seen.k.shape[2] - rows + 1).bool()
         voting = list(range(rows - 1, -1, -self.stride))
-        shares = logits.masked_fill(future, float("-inf")).softmax(dim=-1)[:, :, voting, : seen.scored_keys]
+        sinks = self.sinks[seen.layer].double().view(heads, -1, 1, 1).expand(-1, -1, rows, 1)
+        logits = torch.cat((logits.masked_fill(future, float("-inf")), sinks), dim=-1)
+        shares = logits.softmax(dim=-1)[:, :, voting, : seen.scored_keys]
         self.noted.setdefault((seen.step, seen.layer), []).append(shares.mean(dim=(1, 2)))
         return torch.arange(seen.scored_keys, dtype=torch.float32).expand(1, heads, -1).contiguous()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("questions", [None, (7,), (7, 4, 9)])
-def test_the_mass_kept_is_the_share_of_the_observers_attention(stride: int, questions: tuple[int, ...] | None) -> None:
-    model, observer = FAMILIES["llama"](), Latest(stride)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_the_mass_kept_is_the_share_of_the_observers_attention(
+    family: str, stride: int, questions: tuple[int, ...] | None
+) -> None:
+    model = build(family, **({"layer_types": ["full_attention"] * 3} if family == "gpt_oss" else {}))
+    observer = Latest(stride, model)
     asked = None if questions is None else [token_ids(length, seed=length) for length in questions]
     options = {**GROWING, "observer": observer, "observation_stride": stride, "observation_tokens": 6}
     with imdc.patch(model, **options) as handle, imdc.probe(handle) as probe:

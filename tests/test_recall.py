@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from imdc.kernels.reference import rotate
-from recall_cases import random_recall
+from recall_cases import SINKS, random_recall
 from tiny_models import FAMILIES, build, token_ids
+from torch import Tensor
 
 import imdc
 from imdc.cache.rows import Taken
@@ -23,6 +24,7 @@ from imdc.planner.batch import Batch
 from imdc.planner.fit import peak_bytes
 from imdc.prefill import text_store
 from imdc.prefill.backends import REFERENCE
+from imdc.prefill.softmax import Softmax
 
 TIGHT = {"memory_tokens": 64, "chunk_tokens": 32, "sink_tokens": 2, "recent_tokens": 8, "recall": "host"}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -30,16 +32,24 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("int8", [False, True], ids=["model", "int8"])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(None, None), (3.0, None), (None, SINKS)], ids=["plain", "cap", "sinks"]
+)
 @pytest.mark.parametrize(("block", "held"), [(4096, 2**26), (128, 2**26), (128, 0), (128, 2 * 128 * 4 * 4 * 7)])
 def test_what_is_taken_back_is_what_one_token_attends_to_most(
-    compact: bool, int8: bool, softcap: float | None, block: int, held: int, monkeypatch: pytest.MonkeyPatch
+    compact: bool,
+    int8: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    block: int,
+    held: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recalling, "BLOCK_TOKENS", block)
     monkeypatch.setattr(recalling, "HELD_BYTES", held)
     tokens = 300
     one, q, own, own_v = random_recall(tokens, compact, int8)
-    keys, values, out = one.take(0, q, own, own_v, keep=20, scale=0.4, softcap=softcap)
+    keys, values, out = one.take(0, q, own, own_v, Softmax(0.4, softcap, sinks), keep=20)
 
     stored = {side: one.store.block(side, 0, range(tokens), q.device)[0] for side in ("keys", "values")}
     asked, all_keys = q, torch.cat((stored["keys"].transpose(1, 2), own), dim=2)
@@ -51,9 +61,8 @@ def test_what_is_taken_back_is_what_one_token_attends_to_most(
         assert tables is not None
         all_keys = rotate(all_keys, *tables)
         asked = rotate(q, *(table[-7:] for table in tables))
-    options: dict[str, Any] = {"scale": 0.4, "softcap": softcap}
     all_values = torch.cat((stored["values"].transpose(1, 2), own_v), dim=2)
-    attended, lse = REFERENCE.chunk_attention(asked, all_keys, all_values, **options)
+    attended, lse = Softmax(0.4, softcap, sinks).attend(REFERENCE, asked, all_keys, all_values)
     if compact:
         assert out is None
     else:
@@ -72,14 +81,14 @@ def test_what_is_taken_back_is_what_one_token_attends_to_most(
 @pytest.mark.parametrize("compact", [False, True])
 def test_an_answer_keeps_what_its_question_attended_to_more(compact: bool) -> None:
     one, q, own, own_v = random_recall(300, compact, False)
-    options: dict[str, Any] = {"keep": 20, "scale": 0.4, "softcap": None}
-    one.take(0, q, own, own_v, **options)
+    rule = Softmax(0.4)
+    one.take(0, q, own, own_v, rule, keep=20)
     asked = one.taken[0]
     assert asked.places.shape == asked.scores.shape == (1, 2, 20)
     stored = one.store.sides["values"][0]
 
     def places() -> list[set[int]]:
-        _, values, out = one.take(0, q[:, :, -1:], own, own_v, **options, attends=False)
+        _, values, out = one.take(0, q[:, :, -1:], own, own_v, rule, keep=20, attends=False)
         assert out is None
         found = [
             [stored[0, :, head].eq(value).all(dim=1).nonzero().item() for value in values[0, head]] for head in (0, 1)

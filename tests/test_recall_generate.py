@@ -29,8 +29,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, Tensor]]
     calls: list[tuple[int, int, int, Tensor]] = []
     own = Recall.take
 
-    def take(self: Recall, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, **options: Any) -> Any:
-        found = own(self, layer, q, own_k, own_v, **options)
+    def take(self: Recall, layer: int, q: Tensor, own_k: Tensor, own_v: Tensor, *args: Any, **options: Any) -> Any:
+        found = own(self, layer, q, own_k, own_v, *args, **options)
         calls.append((layer, q.shape[2], own_k.shape[2], found[1]))
         return found
 

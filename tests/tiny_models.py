@@ -44,6 +44,9 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**{**TEXT_SHAPES[family], **overrides})
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    for layer in model.model.layers if family == "gpt_oss" else ():
+        # As they begin, all near 0, they take little and the same of every head.
+        torch.nn.init.normal_(layer.self_attn.sinks, std=3.0)
     return model.eval()
 
 
@@ -67,6 +70,7 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64}),
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
+    "gpt_oss": ("GptOss", {**_MIXED, **_EXPERTS, "num_local_experts": 4}),
 }
 
 # With layers of both kinds.

@@ -33,6 +33,8 @@ _COMPUTING = (
     "query_pre_attn_scalar",
     "residual_multiplier",
     "rms_norm_eps",
+    "swiglu_alpha",
+    "swiglu_limit",
 )
 # What torch.compile and FSDP put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)")

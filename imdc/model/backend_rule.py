@@ -36,12 +36,14 @@ class AttentionTraits:
         dtype: its name.
         head_dim: head size.
         softcap: some layers cap their logits.
+        sinks: layers have attention sinks, which need the log-sum-exp of every layer.
     """
 
     device_type: str
     dtype: str
     head_dim: int
     softcap: bool
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ def _unmet(name: str, traits: AttentionTraits, machine: Machine) -> str | None:
     if name == "sdpa":
         if traits.device_type not in ("cpu", "cuda"):
             return f"PyTorch's operators that return the log-sum-exp are for cpu and cuda, not {traits.device_type}"
+        if traits.sinks:
+            return "it gives no log-sum-exp through a sliding window, which attention sinks need"
         return "it cannot cap logits (softcap)" if traits.softcap else None
     if "triton" in machine.missing:
         return machine.missing["triton"]

@@ -182,7 +182,7 @@ def completed(config: Any) -> tuple[Any, str]:
     text = config if text is None else text
     family = str(getattr(text, "model_type", "unknown"))
     missing = describe(family).missing
-    shared = {name: getattr(config, name, None) for name in _SHARED}
+    shared = {name: value for name in _SHARED if (value := getattr(config, name, None)) is not None}
     return _Completed(text, {**missing, **shared}), family
 
 
@@ -208,9 +208,17 @@ def weight_bits(config: Any) -> int | None:
     for group in groups.values() if bits is None and isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         bits = weights.get("num_bits") if bits is None and isinstance(weights, Mapping) else bits
-    if bits is None and "fp8" in str(quantised.get("quant_method")):
-        return 8
+    method = str(quantised.get("quant_method"))
+    if bits is None:
+        bits = 8 if "fp8" in method else 4 if method == "mxfp4" else None
     return bits if isinstance(bits, int) and 1 <= bits <= 8 else None
+
+
+def attention_is_quantised(config: Any) -> bool:
+    """Whether attention's matrices are quantised where others are: not where its `quantization_config` spares them."""
+    quantised = getattr(config, "quantization_config", None)
+    spared = quantised.get("modules_to_not_convert") if isinstance(quantised, Mapping) else None
+    return not any("self_attn" in str(name) for name in spared or ())
 
 
 def size_of(config: Any, family: str, *names: str, default: int | None = None) -> int:

@@ -25,8 +25,11 @@ class Family:
         rope_flag: attribute of an attention module that is false where the layer has no rotary embedding.
         drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
         float_rotary: rotary embedding works in float32 whatever the dtype.
+        half_rotary: the rotary module gives the cosine and sine of each angle once, not once per half of a head.
+        sinks: attention sinks, a learned logit per query head; see `imdc.prefill.softmax`.
         tied: the output head shares the embedding unless the config says otherwise.
         qkv_bias: query, key and value projections have a bias, also where the config does not say so.
+        biased: all matrices of a layer have biases.
         qk_norm: queries and keys are normalised per head.
         norms: RMS norms per layer besides those of queries and keys.
         post_norm: norms follow attention and MLP instead of preceding them.
@@ -46,8 +49,11 @@ class Family:
     rope_flag: str | None = None
     drops_cache: bool = False
     float_rotary: bool = False
+    half_rotary: bool = False
+    sinks: bool = False
     tied: bool = False
     qkv_bias: bool = False
+    biased: bool = False
     qk_norm: bool = False
     norms: int = 2
     post_norm: bool = False
@@ -102,6 +108,17 @@ _ROWS = (
     Family("smollm3", "SmolLM3", rope_flag="use_rope"),
     Family("qwen3_moe", "Qwen3-MoE", qk_norm=True, opt_in_window=True, gguf="qwen3moe"),
     Family("mixtral", "Mixtral"),
+    Family(
+        "gpt_oss",
+        "gpt-oss",
+        half_rotary=True,
+        sinks=True,
+        biased=True,
+        window_pattern=2,
+        gguf="gpt-oss",
+        # Of openai/gpt-oss-20b and -120b.
+        missing={"dtype": "bfloat16"},
+    ),
     # Described in plans only.
     Family("qwen2_moe", qkv_bias=True, opt_in_window=True, gguf="qwen2moe"),
     Family("gemma", and_kin=True, tied=True),

@@ -136,6 +136,8 @@ class Parts:
             scaling = getattr(module, f"{kind}_attention_scaling", 1.0)
         if scaling != 1.0:
             cos, sin = cos / scaling, sin / scaling
+        if self.family.half_rotary:
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return cos[0].to(dtype), sin[0].to(dtype)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.errors import UnsupportedModelError
-from imdc.model.config_file import completed, size_of, weight_bits
+from imdc.model.config_file import attention_is_quantised, completed, size_of, weight_bits
 from imdc.model.families import describe
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
@@ -41,13 +41,16 @@ class ModelShape:
         experts: experts per MLP; 1 for a dense model.
         experts_per_token: experts that each token passes.
         qkv_bias: query, key and value projections have a bias.
+        biased: all matrices of a layer have biases, those of its experts and its router included.
         qk_norm: queries and keys are normalised per head.
         softcap: attention logits are capped (Gemma 2), which fused attention cannot do.
+        sinks: attention sinks, one logit per query head (gpt-oss).
         post_norm: norms follow attention and MLP instead of preceding them (OLMo 2).
         float_rotary: rotary embedding works in float32 whatever the dtype (OLMo 2).
         rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
         norms_per_layer: RMS norms per layer besides those of queries and keys.
         weight_bits: bits per weight of the layers' matrices where the checkpoint is quantised, else None.
+        attention_quantised: whether these include attention's, and the router's of a mixture.
         text_part_of: `model_type` of a config that has other parts too, such as a vision tower, which are not counted.
         weight_bytes: bytes of all parameters, as counted from a loaded model; None computes them from the sizes.
     """
@@ -72,13 +75,16 @@ class ModelShape:
     experts: int = 1
     experts_per_token: int = 1
     qkv_bias: bool = False
+    biased: bool = False
     qk_norm: bool = False
     softcap: bool = False
+    sinks: bool = False
     post_norm: bool = False
     float_rotary: bool = False
     rotary_bases: int = 1
     norms_per_layer: int = 2
     weight_bits: int | None = None
+    attention_quantised: bool = True
     text_part_of: str | None = None
     weight_bytes: int | None = None
 
@@ -104,7 +110,10 @@ class ModelShape:
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
         q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        biases = (q_width + 2 * kv_width) * self.qkv_bias
+        biases = (q_width + 2 * kv_width) * (self.qkv_bias or self.biased) + self.q_heads * self.sinks
+        if self.biased:
+            expert = (2 if self.gated else 1) * self.intermediate + self.hidden
+            biases += self.hidden + expert * self.experts + (self.experts if self.experts > 1 else 0)
         # OLMo 2 normalises all heads of a token at once, the others each head by itself.
         head_norms = (q_width + kv_width if self.post_norm else 2 * self.head_dim) * self.qk_norm
         return self.layer_matrices + biases + head_norms + self.norms_per_layer * self.hidden
@@ -120,7 +129,8 @@ class ModelShape:
         """Bytes of all parameters."""
         if self.weight_bytes is not None:
             return self.weight_bytes
-        matrices = self.layers * self.layer_matrices if self.weight_bits else 0
+        layer = self.layer_matrices if self.attention_quantised else self.expert_parameters * self.experts
+        matrices = self.layers * layer if self.weight_bits else 0
         # Scales and zero points of groups of 64 or 128 weights take about a quarter of a bit per weight.
         quantised = matrices * (4 * (self.weight_bits or 0) + 1) // 32
         return (self.parameters - matrices) * self.dtype_bytes + quantised
@@ -178,12 +188,15 @@ class ModelShape:
             experts=experts,
             experts_per_token=size_of(config, family, "num_experts_per_tok", default=1),
             qkv_bias=bool(_default(config, "attention_bias", False)) or row.qkv_bias,
+            biased=row.biased,
             qk_norm=row.qk_norm,
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+            sinks=row.sinks,
             post_norm=row.post_norm,
             float_rotary=row.float_rotary,
             rotary_bases=1 + row.rope_by_layer_type,
             weight_bits=weight_bits(config),
+            attention_quantised=attention_is_quantised(config),
             text_part_of=whole,
             norms_per_layer=row.norms,
         )

@@ -131,6 +131,8 @@ def _rest(work: Work, states: int, inputs: int, compaction: Phase | None) -> Ite
 def _mlp_widths(shape: ModelShape) -> int:
     """Elements per token of the MLP's own tensors that are alive at once."""
     if shape.experts > 1:
-        # Per routed copy of a token: its hidden state; gate and up in one, activation, product.
-        return shape.experts_per_token * (shape.hidden + 4 * shape.intermediate)
+        # Per routed copy of a token: its hidden state; gate and up in one, activation, product. Those of gpt-oss are
+        # clamped, and the copy has its expert's biases: gate and up twice, clamped, and three products of them.
+        widths = 9 if shape.biased else 4
+        return shape.experts_per_token * (shape.hidden + widths * shape.intermediate)
     return (2 if not shape.gated else 4 if shape.fused else 3) * shape.intermediate

@@ -170,7 +170,8 @@ class Plan:
             f"{format_bytes(peak.activations + peak.attention + peak.scoring + peak.logits)}{others}",
             f"cache after the prefill {format_bytes(self.memory_bytes)}, of the whole prompt{'s' * (rows > 1)} "
             f"{format_bytes(rows * shape.layers * shape.kv_bytes_per_token * self.prompt_tokens)}",
-            f"the unpatched model's own prefill: peak {format_bytes(self.unpatched.total_bytes)}",
+            f"the unpatched model's own prefill: peak {format_bytes(self.unpatched.total_bytes)}"
+            f"{', where a kernel fuses its attention' * (shape.softcap or shape.sinks)}",
             *self.notes(),
         ]
 

@@ -104,8 +104,8 @@ class Work:
     @property
     def in_one_call(self) -> bool:
         """Whether one call of the backend attends, scores and selects."""
-        is_plain = find_observer(self.config.observer).is_plain
-        return self.backend in KERNELS and self.observing_rows > 0 and is_plain and len(self.questions) < 2
+        plain = find_observer(self.config.observer).is_plain and not self.shape.sinks
+        return self.backend in KERNELS and self.observing_rows > 0 and plain and len(self.questions) < 2
 
     @property
     def questions(self) -> tuple[int, ...]:

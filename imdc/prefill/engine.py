@@ -165,7 +165,8 @@ class Engine:
         weight = parts.decoder.get_input_embeddings().weight
         attention: Any = parts.decoder.layers[0].self_attn
         softcap = getattr(parts.config, "attn_logit_softcapping", None) is not None
-        return choose(self.config.backend, parts.device(), weight.dtype, int(attention.head_dim), softcap)
+        heads = int(attention.head_dim)
+        return choose(self.config.backend, parts.device(), weight.dtype, heads, softcap, parts.family.sinks)
 
     def planner(self, chunk: int | None = None, new_tokens: int | None = None) -> TurnPlanner:
         """Who decides how rows are read, before a turn of `new_tokens` (None: not known).

@@ -25,6 +25,7 @@ from imdc.model.parts import Parts
 from imdc.prefill.decode import DecodeMasks
 from imdc.prefill.renewal import Renewal
 from imdc.prefill.requests import check_masks
+from imdc.prefill.softmax import Softmax
 from imdc.prefill.step import StepRun
 
 _RUNNING: ContextVar[StepRun | None] = ContextVar("imdc_running_step", default=None)
@@ -113,13 +114,14 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
         step = _RUNNING.get()
         # As PyTorch's fused attention does where a model names no scale.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         if step is None or not step.serves(module):
             found, (masks, renewal) = overlaid(), _DECODING.get()
             function = found or hf.eager_attention(module)
             if renewal is not None and renewal.serves(module):
                 renewed: Any = module.layer_idx
                 with _own_precision(query):
-                    renewal.renew(int(renewed), query, scale=scale, softcap=kwargs.get("softcap"))
+                    renewal.renew(int(renewed), query, softmax)
             if masks is not None and masks.serves(module):
                 number: Any = module.layer_idx
                 attention_mask = masks.of(int(number), query, key, eager=found is None)
@@ -128,7 +130,7 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
         layer: Any = module.layer_idx
         step.reached.add(int(layer))
         with _own_precision(query):
-            out = step.attend(int(layer), query, key, value, scale=scale, softcap=kwargs.get("softcap"))
+            out = step.attend(int(layer), query, key, value, softmax)
         return out.transpose(1, 2), None
 
     return imdc_attention

@@ -23,7 +23,7 @@ class Observation:
         k: keys [1, Hkv, T, D]: memory | chunk | tail rows.
         v: values [1, Hkv, T, D].
         out: outputs of the attention, as `q`.
-        lse: log-sum-exp of the logits, float32 [1, Hq, Q].
+        lse: log-sum-exp of the logits, and of attention sinks where there are any, float32 [1, Hq, Q].
         scale: factor on the logits.
         softcap: cap of the logits, or None.
         chunk_tokens: queries of the chunk itself.

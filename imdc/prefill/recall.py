@@ -40,6 +40,7 @@ from imdc.kernels.reference import pool, rotate
 from imdc.model.parts import Parts
 from imdc.planner import recalling
 from imdc.prefill.backends import Backend
+from imdc.prefill.softmax import Softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,14 @@ class _Asked:
         rows: n.
         tokens: of the text.
         span: positions that these are turned to; keys share them where there are fewer.
-        scale: factor on the logits.
-        softcap: cap of the logits, or None.
+        softmax: how logits become weights.
     """
 
     queries: Tensor
     rows: int
     tokens: int
     span: int
-    scale: float
-    softcap: float | None
+    softmax: Softmax
 
     def places(self, tokens: Tensor) -> Tensor:
         """Where keys of these tokens are turned to."""
@@ -68,8 +67,16 @@ class _Asked:
 
     def logits(self, keys: Tensor) -> Tensor:
         """float32 [Hkv, group * n, T] of keys [Hkv, T, D]."""
-        logits = torch.matmul(self.queries, keys.float().transpose(1, 2)).mul_(self.scale)
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        cap = self.softmax.softcap
+        logits = torch.matmul(self.queries, keys.float().transpose(1, 2)).mul_(self.softmax.scale)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def log_sums(self, own: Tensor) -> Tensor:
+        """Log-sum-exp float32 [Hkv, group * n] of the logits `own` [Hkv, group * n, o], and of attention sinks."""
+        lse, sinks = own.logsumexp(dim=-1), self.softmax.sinks
+        if sinks is None:
+            return lse
+        return torch.logaddexp(lse, sinks.float().view(lse.shape[0], -1).repeat_interleave(self.rows, dim=1))
 
 
 @dataclass(slots=True)
@@ -101,10 +108,9 @@ class Recall:
         q: Tensor,
         own_k: Tensor,
         own_v: Tensor,
+        softmax: Softmax,
         *,
         keep: int,
-        scale: float,
-        softcap: float | None,
         attends: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The `keep` best pairs of the text for the question, on its device, and what the question attends to.
@@ -115,9 +121,8 @@ class Recall:
                 keys are.
             own_k: keys [1, Hkv, o, D] of all that follows the text, rotated as `q`; o >= n.
             own_v: its values, as `own_k`.
+            softmax: how logits become weights in this layer.
             keep: pairs to take per KV head, fewer than there are.
-            scale: factor on the logits.
-            softcap: cap of the logits, or None.
             attends: whether the queries are a question's, which attend to the whole text; values are read for that
                 alone. An answer's are not, and what its question took keeps the scores that it had.
 
@@ -126,7 +131,7 @@ class Recall:
             the whole text, None where keys had to share positions or the queries do not attend.
         """
         began = time.perf_counter()
-        asked, own = self._asked(layer, q, own_k, scale, softcap)
+        asked, own = self._asked(layer, q, own_k, softmax)
         blocks = 0 if attends or layer not in self.store.means else recalling.compared_blocks(keep, self.store.tokens)
         if blocks:
             scores, out = self._in_best_blocks(layer, asked, own, blocks), None
@@ -155,9 +160,7 @@ class Recall:
         self.moved_bytes += moved
         return states.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format).contiguous()
 
-    def _asked(
-        self, layer: int, q: Tensor, own_k: Tensor, scale: float, softcap: float | None
-    ) -> tuple[_Asked, Tensor]:
+    def _asked(self, layer: int, q: Tensor, own_k: Tensor, softmax: Softmax) -> tuple[_Asked, Tensor]:
         """The queries, and their logits float32 [Hkv, group * n, o] of the o keys that follow the text."""
         rows, owned, kv_heads = q.shape[2], own_k.shape[2], own_k.shape[1]
         span = min(self.store.tokens, self.parts.trained_window - owned)
@@ -166,7 +169,7 @@ class Recall:
             q, own_k = self._turned(layer, q, places[owned - rows :]), self._turned(layer, own_k, places)
         # One matrix product per KV head and block.
         queries = rearrange(q[0].float(), "(h g) n d -> h (g n) d", h=kv_heads)
-        asked = _Asked(queries, rows, self.store.tokens, span, scale, softcap)
+        asked = _Asked(queries, rows, self.store.tokens, span, softmax)
         future = torch.ones(rows, owned, dtype=torch.bool, device=q.device).triu(owned - rows + 1)
         own = asked.logits(own_k[0])
         own = own.view(kv_heads, -1, rows, owned).masked_fill(future, float("-inf")).view(own.shape)
@@ -178,7 +181,7 @@ class Recall:
         """Scores float32 [1, Hkv, tokens] of the text's keys, and the attention output of `take` in `dtype`."""
         (kv_heads, queries, owned), device, tokens = own.shape, own.device, asked.tokens
         whole = attends and recalling.recalls_whole(self.parts.trained_window, owned, tokens, self.compact)
-        lse = own.logsumexp(dim=-1)
+        lse = asked.log_sums(own)
         blocks, held = recalling.read_blocks(tokens), list[Tensor]()
         kept = recalling.held_blocks(kv_heads * queries // asked.rows, asked.rows, tokens)
         # Rows and threads that ask at once find the same means.
@@ -236,7 +239,7 @@ class Recall:
             found.append(asked.logits(keys[0]))
         logits = torch.cat(found, dim=-1).masked_fill_(beyond[:, None], float("-inf"))
         del keys, found
-        lse = torch.logaddexp(torch.logaddexp(own.logsumexp(dim=-1), logits.logsumexp(dim=-1)), rest)
+        lse = torch.logaddexp(torch.logaddexp(asked.log_sums(own), logits.logsumexp(dim=-1)), rest)
         highest = torch.zeros(kv_heads, asked.tokens, dtype=torch.float32, device=device)
         highest.scatter_reduce_(1, tokens, logits.sub_(lse[..., None]).exp_().amax(dim=1), "amax")
         return pool(highest[None], self.config.pool_kernel, self.config.pooling)

@@ -16,6 +16,8 @@ from torch import Tensor
 from imdc.kernels import reference
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
+from imdc.prefill.backends import REFERENCE
+from imdc.prefill.softmax import Softmax
 from imdc.prefill.turn import RowTurn
 from imdc.schedule import Step
 
@@ -142,7 +144,7 @@ class Recorder:
         tails: Sequence[int],
         rows: int,
         stride: int,
-        **logits: Any,
+        softmax: Softmax,
     ) -> None:
         """A layer is about to drop some of memory | chunk; `keep` will say which.
 
@@ -154,17 +156,17 @@ class Recorder:
             tails: queries of each question, none of which sees another.
             rows: observing queries, the last ones; of several questions all.
             stride: every how manyth of them votes.
-            logits: scale and softcap.
+            softmax: how logits become weights in this layer.
         """
         candidates = k.shape[2] - sum(tails)
         if len(tails) < 2:
-            self._seen[layer] = _attention(q[:, :, -rows:], k, candidates, rows, stride, logits)
+            self._seen[layer] = _attention(q[:, :, -rows:], k, candidates, rows, stride, softmax)
             return
         first, seen = 0, torch.zeros(k.shape[1], candidates, device=k.device)
         for length in tails:
             asked, own = (x.narrow(2, start + first, length) for x, start in ((q, chunk_tokens), (k, candidates)))
             keys = torch.cat((k[:, :, :candidates], own), dim=2)
-            seen += _attention(asked, keys, candidates, length, stride, logits) / len(range(0, length, stride))
+            seen += _attention(asked, keys, candidates, length, stride, softmax) / len(range(0, length, stride))
             first += length
         self._seen[layer] = seen
 
@@ -209,7 +211,7 @@ class Recorder:
         return pairs
 
 
-def _attention(q: Tensor, k: Tensor, candidates: int, rows: int, stride: int, logits: dict[str, Any]) -> Tensor:
+def _attention(q: Tensor, k: Tensor, candidates: int, rows: int, stride: int, softmax: Softmax) -> Tensor:
     """Attention that each of the first `candidates` keys gets from the observing queries in all.
 
     Args:
@@ -218,13 +220,13 @@ def _attention(q: Tensor, k: Tensor, candidates: int, rows: int, stride: int, lo
         candidates: keys that are asked about.
         rows: queries.
         stride: every how manyth of them votes.
-        logits: scale and softcap.
+        softmax: how logits become weights.
 
     Returns:
         float32 [Hkv, candidates], the mean over the query heads of a group of the sum over queries.
     """
-    _, lse = reference.chunk_attention(q, k, k, **logits)
-    mean = reference.key_mass(q, k, lse, rows=rows, stride=stride, scored_keys=candidates, **logits)[0]
+    _, lse = softmax.attend(REFERENCE, q, k, k)
+    mean = reference.key_mass(q, k, lse, rows=rows, stride=stride, scored_keys=candidates, **softmax.logits)[0]
     # The mean is over those queries that see the key, and later keys of a chunk are seen by fewer.
     last_seen = torch.arange(rows, device=k.device)[reference.voters(rows, rows, stride)] + k.shape[2] - rows
     blind = torch.searchsorted(last_seen, torch.arange(candidates, device=k.device))

@@ -18,6 +18,7 @@ from imdc.cache.cache import ImdcCache
 from imdc.config import PrefillConfig
 from imdc.prefill.recall import Recall
 from imdc.prefill.renumber import turned
+from imdc.prefill.softmax import Softmax
 
 
 def renewal_due(config: PrefillConfig, cache: ImdcCache) -> bool:
@@ -37,7 +38,7 @@ class Renewal:
         """Whether `module` is an attention module of the model, of a layer that is compressed."""
         return self.recall.parts.is_compressed(module)
 
-    def renew(self, layer: int, q: Tensor, *, scale: float, softcap: float | None) -> None:
+    def renew(self, layer: int, q: Tensor, softmax: Softmax) -> None:
         """Replace what `layer` holds of the text, in place, for the queries `q` [B, Hq, n, D] of its last tokens."""
         held, rows = self.cache.layers[layer], self.cache.rows
         store, parts = self.recall.store, self.recall.parts
@@ -58,9 +59,8 @@ class Renewal:
                 asking,
                 own_k,
                 held.values[row : row + 1, :, text.stop :],
+                softmax,
                 keep=text.stop - text.start,
-                scale=scale,
-                softcap=softcap,
                 attends=False,
             )
             if self.recall.compact:

@@ -13,6 +13,7 @@ from imdc.prefill.observation import Observation, scored
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import Recorder
 from imdc.prefill.renumber import Tables, moved
+from imdc.prefill.softmax import Softmax
 from imdc.schedule import Step, observing_rows
 
 
@@ -55,7 +56,7 @@ class StepRun:
         """Whether `module` is an attention module of the model that this step reads with."""
         return self.parts.layer_of(module) is not None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Attention output [1, Hq, Q, D] of one layer, whose memory is replaced by what the step keeps."""
         window = self.parts.windows[layer]
         stored, whole = self.row.stored(layer), None
@@ -64,7 +65,7 @@ class StepRun:
             self.reading.store.write(layer, self.step.start, k[:, :, :chunk], v[:, :, :chunk])
         if self.reading.recall is not None and window is None and self.reading.recall.replaces(stored):
             self.row.keys[layer], self.row.values[layer], whole = self.reading.recall.take(
-                layer, q, k, v, keep=stored, scale=scale, softcap=softcap
+                layer, q, k, v, softmax, keep=stored
             )
         keys, values = self._workspace(layer, k, v, stored)
         q, keys, turned, tables = self._rotated(layer, q, keys, stored)
@@ -76,15 +77,14 @@ class StepRun:
         drops = keep < candidates
         if drops and self.reading.recorder is not None:
             # Before the questions' keys are moved; see `_attend_apart`.
-            self._show(self.reading.recorder, layer, q, turned, scale=scale, softcap=softcap)
+            self._show(self.reading.recorder, layer, q, turned, softmax)
         compress_step, config = self.tools.backend.compress_step, self.reading.config
-        together = self.tools.observer.is_plain and len(self.questions) < 2
+        together = self.tools.observer.is_plain and len(self.questions) < 2 and softmax.sinks is None
         if drops and self._votes is not None and together and compress_step is not None:
             out, kept_k, kept_v, chosen = compress_step(
                 q,
                 turned,
                 values,
-                scale=scale,
                 keep=keep,
                 rows=self._votes,
                 stride=config.observation_stride,
@@ -94,20 +94,19 @@ class StepRun:
                 pool_kernel=config.pool_kernel,
                 pooling=config.pooling,
                 scoring=config.scoring,
-                softcap=softcap,
                 kept_k=keys,
+                **softmax.logits,
             )
             self._keep(layer, kept_k, kept_v, chosen, stored, tables)
             return out
-        options = {"scale": scale, "softcap": softcap}
         if whole is not None:
             out, scores = whole, None
         elif len(self.questions) > 1:
-            out, scores = self._attend_apart(layer, q, turned, values, window, drops, options)
+            out, scores = self._attend_apart(layer, q, turned, values, window, drops, softmax)
         else:
-            out, lse = self.tools.backend.chunk_attention(q, turned, values, window=window, **options)
+            out, lse = softmax.attend(self.tools.backend, q, turned, values, window)
             rows = self.step.chunk_tokens, self.tail_rows
-            seen = self._observation(layer, q, turned, values, out, lse, *rows, options)
+            seen = self._observation(layer, q, turned, values, out, lse, *rows, softmax)
             scores = scored(self.tools.observer, seen) if drops else None
             del lse, seen
         # Rotated copies have served, and a step's peak may lie in what follows.
@@ -169,7 +168,7 @@ class StepRun:
         # Tokens seen so far tell one compression of a row from the next.
         return moved(keys, (tables[0][places], tables[1][places]), new, seed=self.row.tokens)
 
-    def _show(self, recorder: Recorder, layer: int, q: Tensor, k: Tensor, **logits: Any) -> None:
+    def _show(self, recorder: Recorder, layer: int, q: Tensor, k: Tensor, softmax: Softmax) -> None:
         config, chunk = self.reading.config, self.step.chunk_tokens
         recorder.see(
             layer,
@@ -179,7 +178,7 @@ class StepRun:
             tails=self.questions or (self.tail_rows,),
             rows=self._votes or min(config.observation_tokens, chunk),
             stride=config.observation_stride,
-            **logits,
+            softmax=softmax,
         )
 
     def _keep(
@@ -216,7 +215,7 @@ class StepRun:
         v: Tensor,
         window: int | None,
         drops: bool,
-        options: dict[str, Any],
+        softmax: Softmax,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the chunk, then of each question as if it alone followed; the scores are the highest of any.
 
@@ -224,18 +223,19 @@ class StepRun:
         `k` and `v` after the candidates, where the questions are, are written to.
         """
         chunk, candidates = self.step.chunk_tokens, k.shape[2] - self.tail_rows
-        attend, first, scores = self.tools.backend.chunk_attention, 0, None
-        outputs = [attend(q[:, :, :chunk], k[:, :, :candidates], v[:, :, :candidates], window=window, **options)[0]]
+        backend, first, scores = self.tools.backend, 0, None
+        own = q[:, :, :chunk], k[:, :, :candidates], v[:, :, :candidates]
+        outputs = [softmax.attend(backend, *own, window)[0]]
         for rows in self.questions:
             end = candidates + rows
             if first:
                 for states in (k, v):
                     states[:, :, candidates:end] = states[:, :, candidates + first : end + first].clone()
             asked = q[:, :, chunk + first : chunk + first + rows]
-            out, lse = attend(asked, k[:, :, :end], v[:, :, :end], window=window, **options)
+            out, lse = softmax.attend(backend, asked, k[:, :, :end], v[:, :, :end], window)
             outputs.append(out)
             if drops:
-                seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], out, lse, 0, rows, options)
+                seen = self._observation(layer, asked, k[:, :, :end], v[:, :, :end], out, lse, 0, rows, softmax)
                 found = scored(self.tools.observer, seen)
                 scores = found if scores is None else torch.maximum(scores, found)
             first += rows
@@ -251,7 +251,7 @@ class StepRun:
         lse: Tensor,
         chunk_tokens: int,
         tail_rows: int,
-        options: dict[str, Any],
+        softmax: Softmax,
     ) -> Observation:
         return Observation(
             q=q,
@@ -259,7 +259,7 @@ class StepRun:
             v=v,
             out=out,
             lse=lse,
-            **options,
+            **softmax.logits,
             chunk_tokens=chunk_tokens,
             tail_rows=tail_rows,
             layer=layer,
