@@ -25,8 +25,11 @@ _EYE = {
 _CLASSES = {
     "gemma3": ("Gemma3", "gemma3", "gemma3_text", "siglip_vision_model"),
     "mistral3": ("Mistral3", "mistral", "mistral", "pixtral"),
+    # Ministral 3: the same classes around another language model.
+    "ministral3": ("Mistral3", "ministral3", "ministral3", "pixtral"),
     "llava": ("Llava", "llama", "llama", "clip_vision_model"),
 }
+READERS = (*IMAGE_READERS, "ministral3")
 
 
 def reader(kind: str, **text: Any) -> PreTrainedModel:
@@ -43,7 +46,7 @@ def reader(kind: str, **text: Any) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", IMAGE_READERS)
+@pytest.mark.parametrize("kind", READERS)
 def test_it_shares_weights_and_gives_the_same_logits(kind: str) -> None:
     whole = reader(kind)
     before = whole.config.to_dict()
@@ -55,7 +58,7 @@ def test_it_shares_weights_and_gives_the_same_logits(kind: str) -> None:
     assert imdc.language_model(model) is model
 
 
-@pytest.mark.parametrize("kind", IMAGE_READERS)
+@pytest.mark.parametrize("kind", READERS)
 def test_its_prompts_are_prefilled(kind: str) -> None:
     whole = reader(kind)
     wanted = greedy(whole, token_ids())
@@ -79,7 +82,7 @@ def test_the_whole_is_refused_with_the_remedy(kind: str) -> None:
         imdc.patch(reader(kind))
 
 
-@pytest.mark.parametrize("kind", IMAGE_READERS)
+@pytest.mark.parametrize("kind", READERS)
 def test_loading_takes_it_out(kind: str, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     whole = reader(kind, vocab_size=len(byte_tokenizer))
     whole.save_pretrained(tmp_path)

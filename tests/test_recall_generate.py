@@ -100,9 +100,10 @@ def test_an_answer_takes_back_anew(
         assert handle.report is not None and 0 < handle.report.recalled_bytes < moved
 
 
-def test_renewals_find_the_same_in_compact_positions(taken: list[tuple[int, int, int, Tensor]]) -> None:
+@pytest.mark.parametrize("family", ["llama", "ministral3"])
+def test_renewals_find_the_same_in_compact_positions(family: str, taken: list[tuple[int, int, int, Tensor]]) -> None:
     """Neither the text nor what follows it passes the window, so the first layer's keys stand where they always do."""
-    model, prompt = FAMILIES["llama"](), token_ids(300)
+    model, prompt = FAMILIES[family](), token_ids(300)
     found = []
     for positions in ("original", "compact"):
         taken.clear()

@@ -52,11 +52,19 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 _SLIDING = {"sliding_window": 24}
 _MIXED = {**_SLIDING, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Queries grow from the 33rd position on.
+_SCALED = {
+    "rope_type": "default",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 32,
+    "llama_4_scaling_beta": 0.5,
+}
 _EXPERTS = {"num_experts_per_tok": 2}
 _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral_sliding": ("Mistral", _SLIDING),
+    "ministral3": ("Ministral3", {"rope_parameters": _SCALED}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "phi3": ("Phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),

@@ -26,6 +26,7 @@ class Family:
         drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
         float_rotary: rotary embedding works in float32 whatever the dtype.
         half_rotary: the rotary module gives the cosine and sine of each angle once, not once per half of a head.
+        scaled_queries: queries grow with their position, see `imdc.model.parts.Parts.query_scale`.
         sinks: attention sinks, a learned logit per query head; see `imdc.prefill.softmax`.
         tied: the output head shares the embedding unless the config says otherwise.
         qkv_bias: query, key and value projections have a bias, also where the config does not say so.
@@ -50,6 +51,7 @@ class Family:
     drops_cache: bool = False
     float_rotary: bool = False
     half_rotary: bool = False
+    scaled_queries: bool = False
     sinks: bool = False
     tied: bool = False
     qkv_bias: bool = False
@@ -78,6 +80,7 @@ _GEMMA3 = {
 _ROWS = (
     Family("llama", "Llama, SmolLM2"),
     Family("mistral", "Mistral"),
+    Family("ministral3", "Ministral 3", scaled_queries=True),
     Family("qwen2", "Qwen2, Qwen2.5", and_kin=True, qkv_bias=True, opt_in_window=True),
     Family("qwen3", "Qwen3", and_kin=True, qk_norm=True, opt_in_window=True),
     Family("phi3", "Phi-3, Phi-4", drops_cache=True, fused=True),

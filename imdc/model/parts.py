@@ -140,6 +140,17 @@ class Parts:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return cos[0].to(dtype), sin[0].to(dtype)
 
+    def query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Factor [T, 1] on queries at `positions` (int64 [T]), as Ministral 3 applies it; None where there is none.
+
+        1 + beta log(1 + floor(position / original window)), 1 at position 0, where canonical queries are computed.
+        """
+        if not self.family.scaled_queries:
+            return None
+        rope: Any = self.config.rope_parameters
+        passed = torch.floor(positions / float(rope["original_max_position_embeddings"]))
+        return torch.log(1 + passed).mul_(float(rope["llama_4_scaling_beta"])).add_(1)[:, None].to(dtype)
+
 
 def _windows(config: Any, count: int) -> tuple[int | None, ...]:
     """Per layer the sliding window, as a plan sees it; transformers' own cache must see the same.

@@ -167,6 +167,8 @@ class Recall:
         if self.compact:
             places = torch.arange(span, span + owned, device=q.device)
             q, own_k = self._turned(layer, q, places[owned - rows :]), self._turned(layer, own_k, places)
+            grown = self.parts.query_scale(places[owned - rows :], q.dtype)
+            q = q if grown is None else q.mul_(grown)
         # One matrix product per KV head and block.
         queries = rearrange(q[0].float(), "(h g) n d -> h (g n) d", h=kv_heads)
         asked = _Asked(queries, rows, self.store.tokens, span, softmax)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from imdc.cache.cache import ImdcCache
@@ -53,6 +54,8 @@ class Renewal:
             end = int(rows.position[row]) + held.tail
             if self.recall.compact:
                 asking, own_k = (turned(parts, layer, x, end, back=True) for x in (asking, own_k))
+                grown = parts.query_scale(torch.arange(end - asking.shape[2], end, device=asking.device), asking.dtype)
+                asking = asking if grown is None else asking.div_(grown)
             self.recall.taken = rows.taken[row]
             keys, values, _ = self.recall.take(
                 layer,

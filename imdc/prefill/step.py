@@ -51,6 +51,7 @@ class StepRun:
         self.reached: set[int] = set()
         self._retained: dict[int, tuple[Tensor, int]] = {}
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
+        self._query_scales: dict[torch.device, Tensor | None] = {}
 
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is an attention module of the model that this step reads with."""
@@ -153,7 +154,8 @@ class StepRun:
             keys = turned
         else:
             turned = rotate(keys, cos, sin)
-        return rotate(q, cos[stored:], sin[stored:]), keys, turned, tables
+        q, scale = rotate(q, cos[stored:], sin[stored:]), self._query_scales[q.device]
+        return q if scale is None else q.mul_(scale), keys, turned, tables
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
         """Rotated `keys` [1, Hkv, n, D] from `places` [..., n] of the workspace, at the numbers they get."""
@@ -289,5 +291,7 @@ class StepRun:
                 end = self._first - stored + keys.shape[2] - self.tail_rows
                 positions[-self.tail_rows :] = self.tail_positions(end, keys.device)
             self._tables[name] = parts.rotary(layer, positions, keys.dtype)
+            rows = self.step.chunk_tokens + self.tail_rows
+            self._query_scales[keys.device] = parts.query_scale(positions[-rows:], keys.dtype)
         tables = self._tables[name]
         return None if tables is None else (tables[0][longest - stored :], tables[1][longest - stored :])
