@@ -181,6 +181,7 @@ def time_compression(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: in
 def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) -> dict[str, float]:
     """Milliseconds of a layer's whole step under every backend, and under "auto" those of the one it takes."""
     from imdc.errors import ConfigError
+    from imdc.model.backend_rule import AttentionTraits
     from imdc.prefill.backends import Backend, choose
 
     options: dict[str, Any] = {"scale": SCALE, "rows": OBSERVERS, "pool_kernel": POOL}
@@ -192,7 +193,7 @@ def time_backends(timings: Timings, q: Tensor, k: Tensor, v: Tensor, keep: int) 
         indices = backend.select(backend.key_mass(q, k, lse, v=v, out=out, **options), keep, sink_tokens=4)
         return out, *backend.compact(k, v, indices), indices
 
-    model = (q.device, q.dtype, DIM, False)
+    model = q.device, AttentionTraits(q.device.type, str(q.dtype).removeprefix("torch."), DIM, softcap=False)
     auto, memory = choose("auto", *model)[0], k.shape[2] - CHUNK
     wrong = differs_from(step(auto)[0])
     taken: dict[str, float] = {}

@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def varlen_attention(windowed: Forward) -> Forward:
 
 @cache
 def disagreement(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool = False
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool = False, windowed: bool = False
 ) -> str | None:
     """What a library's forward pass does otherwise than the reference on small problems here, None if nothing.
 
@@ -150,15 +151,16 @@ def disagreement(
         dtype: of the model.
         head_dim: head size.
         softcap: whether logits are capped.
+        windowed: whether a sliding window is asked for too.
     """
     try:
         forward = library_forward(name, device)
-        for queries in (4, 40):
+        for queries, window in product((4, 40), (None, 9) if windowed else (None,)):
             generator = torch.Generator().manual_seed(queries)
             drawn = (torch.randn(1, heads, 150, head_dim, generator=generator, device="cpu") for heads in (4, 2, 2))
             # Slices of a longer buffer, as the engine passes them.
             q, k, v = (x.to(device, dtype)[:, :, :length] for x, length in zip(drawn, (queries, 70, 70), strict=True))
-            options = {"scale": head_dim**-0.5, "softcap": 20.0 if softcap else None}
+            options = {"scale": head_dim**-0.5, "softcap": 20.0 if softcap else None, "window": window}
             results = zip(forward(q, k, v, **options), reference.chunk_attention(q, k, v, **options), strict=True)
             for what, (found, wanted) in zip(("output", "log-sum-exp"), results, strict=True):
                 near = found.shape == wanted.shape and (found.float() - wanted.float()).abs().max() <= _MOST_ERROR

@@ -15,12 +15,13 @@ from imdc.config import PrefillConfig
 from imdc.errors import ConfigError
 from imdc.model.backend_rule import ANY_MACHINE, AttentionTraits, Machine, choose_backend
 from imdc.model.machine import machine_of, triton_missing
+from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
 from imdc.planner.batch import Batch
 from imdc.planner.plan import plan_shape
 from imdc.prefill.backends import REFERENCE, SDPA, choose
 
-HERE = (torch.device("cpu"), torch.bfloat16, 64)
+HERE = (torch.device("cpu"), AttentionTraits("cpu", "bfloat16", 64, softcap=False))
 NO_TRITON = Machine(missing={"triton": "the package triton is not installed, or older than 3.4"})
 H100 = Machine(capability=(9, 0), device_name="NVIDIA H100 80GB HBM3", multiprocessors=132)
 
@@ -77,8 +78,8 @@ def test_the_triton_engine_gives_the_tokens_of_the_reference(family: str, option
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_the_reference_where_logits_are_capped() -> None:
-    assert choose("auto", *HERE, softcap=False)[0].name == "sdpa"
-    backend, why = choose("auto", *HERE, softcap=True)
+    assert choose("auto", *HERE)[0].name == "sdpa"
+    backend, why = choose("auto", HERE[0], replace(HERE[1], softcap=True))
     assert backend.name == "reference"
     assert "not sdpa: it cannot cap logits" in why
 
@@ -117,7 +118,7 @@ def test_an_old_triton_counts_as_missing(version: str, usable: bool, monkeypatch
     pytest.importorskip("triton", reason="the package triton is not installed")
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     assert (triton_missing() is None) == usable
-    assert ("triton" not in machine_of(*HERE, softcap=False).missing) == usable
+    assert ("triton" not in machine_of(*HERE).missing) == usable
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
@@ -165,7 +166,7 @@ def test_a_plan_of_a_model_asks_the_machine_that_the_engine_asks(monkeypatch: py
     monkeypatch.setattr("imdc.kernels.libraries.flash_attention", lambda _: REFERENCE.chunk_attention)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert imdc.plan(model, 100, backend="flash").backend == "flash"
-    backend, _ = choose("flash", model.device, model.dtype, 16, False)
+    backend, _ = choose("flash", model.device, Parts.of(model).traits)
     assert backend.name == "flash" and backend.chunk_attention is REFERENCE.chunk_attention
     assert asked[0] == asked[1]
     # Planned for another kind of device, nothing is known of it.
@@ -182,7 +183,7 @@ def test_a_backend_that_cannot_serve_says_what_can(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     for name in ("triton", "flash", "varlen"):
         with pytest.raises(ConfigError, match=rf"backend='{name}'.*CUDA.*sdpa"):
-            choose(name, *HERE, softcap=False)
+            choose(name, *HERE)
 
 
 def test_explain_names_backend_layers_and_positions() -> None:

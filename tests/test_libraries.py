@@ -218,6 +218,10 @@ def swapped(q: torch.Tensor, *rest: torch.Tensor, **options: Any) -> tuple[torch
     return out, lse.transpose(1, 2) if q.shape[1] == q.shape[2] else lse
 
 
+def unwindowed(*states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.chunk_attention(*states, **options | {"window": None})
+
+
 def broken(*_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
     raise RuntimeError("no kernel image")
 
@@ -227,16 +231,20 @@ def broken(*_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
     [
         (reference.chunk_attention, None),
         (swapped, "its log-sum-exp is not the reference's here"),
+        (unwindowed, "its output is not the reference's here"),
         (broken, "it does not run here: RuntimeError: no kernel image"),
     ],
-    ids=["right", "swapped", "broken"],
+    ids=["right", "swapped", "unwindowed", "broken"],
 )
 def test_a_library_that_computes_something_else_is_not_taken(
     forward: Any, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(libraries, "library_forward", lambda *_: forward)
     for softcap in (False, True):
-        assert disagreement("flash", CPU, torch.bfloat16, 64, softcap) == reason
+        assert disagreement("flash", CPU, torch.bfloat16, 64, softcap, windowed=True) == reason
+    if forward is unwindowed:
+        # Models without windows need none.
+        assert disagreement("flash", CPU, torch.bfloat16, 64) is None
 
 
 def test_a_simulated_h100_tells_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,17 +262,18 @@ def test_a_simulated_h100_tells_what_is_there(monkeypatch: pytest.MonkeyPatch) -
         return "its output is not the reference's here" if name == "varlen" else None
 
     monkeypatch.setattr("imdc.model.machine.disagreement", compare)
-    found = machine_of(torch.device("cuda"), torch.bfloat16, 128, softcap=False)
+    found = machine_of(torch.device("cuda"), AttentionTraits("cuda", "bfloat16", 128, softcap=False))
     assert (found.capability, found.device_name, found.multiprocessors) == ((9, 0), "NVIDIA H100", 132)
     assert found.flash == 2 and compared == ["flash", "varlen"]
     assert found.missing == {"varlen": "its output is not the reference's here"}
     # A library that could not serve the model anyway is not run.
     compared.clear()
-    machine_of(torch.device("cuda"), torch.bfloat16, 128, softcap=True)
-    machine_of(torch.device("cuda"), torch.float32, 128, softcap=False)
+    machine_of(torch.device("cuda"), AttentionTraits("cuda", "bfloat16", 128, softcap=True))
+    machine_of(torch.device("cuda"), AttentionTraits("cuda", "float32", 128, softcap=False))
     assert compared == ["flash"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "no FlashAttention" in machine_of(torch.device("cuda"), torch.float16, 64, softcap=False).missing["flash"]
+    found = machine_of(torch.device("cuda"), AttentionTraits("cuda", "float16", 64, softcap=False))
+    assert "no FlashAttention" in found.missing["flash"]
 
 
 def test_a_library_s_backend_attends_with_it_and_compresses_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from imdc.errors import ConfigError
 from imdc.kernels.limits import MAX_HEAD_SIZE, head_size_supported
 from imdc.model.forward_speed import ranking
+from imdc.model.shape import ModelShape
 
 # Backends whose forward pass is a library's.
 LIBRARIES = ("flash", "varlen")
@@ -37,6 +38,7 @@ class AttentionTraits:
         head_dim: head size.
         softcap: some layers cap their logits.
         sinks: layers have attention sinks, which need the log-sum-exp of every layer.
+        windowed: some layers have a sliding window.
     """
 
     device_type: str
@@ -44,6 +46,13 @@ class AttentionTraits:
     head_dim: int
     softcap: bool
     sinks: bool = False
+    windowed: bool = False
+
+    @classmethod
+    def of(cls, shape: ModelShape, device_type: str) -> AttentionTraits:
+        """Those of a model of that shape on such a device."""
+        heads, windowed = shape.head_dim, shape.sliding_layers > 0
+        return cls(device_type, shape.dtype, heads, shape.softcap, shape.sinks, windowed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 
 from imdc.kernels.libraries import disagreement, find_flash, why_not_varlen
-from imdc.model.backend_rule import LEAST_CAPABILITY, LEAST_TRITON, LIBRARIES, Machine
+from imdc.model.backend_rule import LEAST_CAPABILITY, LEAST_TRITON, LIBRARIES, AttentionTraits, Machine
 
 
 def triton_missing() -> str | None:
@@ -28,16 +28,14 @@ def triton_missing() -> str | None:
     return None
 
 
-def machine_of(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> Machine:
+def machine_of(device: torch.device, traits: AttentionTraits) -> Machine:
     """The machine behind `device`, with the libraries that compute what the reference computes for such a model.
 
-    Libraries are only imported for devices that they run on, and compared once per device, dtype and head size.
+    Libraries are only imported for devices that they run on, and compared once per device and kind of model.
 
     Args:
         device: where the model is.
-        dtype: of the model.
-        head_dim: head size.
-        softcap: whether some layers cap their logits.
+        traits: what the model asks for.
     """
     rocm = torch.version.hip is not None
     nvidia = device.type == "cuda" and not rocm
@@ -52,13 +50,14 @@ def machine_of(device: torch.device, dtype: torch.dtype, head_dim: int, softcap:
         return Machine(rocm=rocm, multiprocessors=1 if interpreted else None, missing=missing)
     capability = torch.cuda.get_device_capability(device)
     flash = find_flash(capability[0]) if capability >= LEAST_CAPABILITY else None
-    reasons = {"varlen": why_not_varlen(head_dim, capability[0])}
+    reasons = {"varlen": why_not_varlen(traits.head_dim, capability[0])}
     if flash is None:
         reasons["flash"] = "no FlashAttention for this device imports (pip install --pre flash-attn-4, or flash-attn)"
-    if triton is None and dtype in (torch.float16, torch.bfloat16):
+    if triton is None and traits.dtype in ("float16", "bfloat16"):
+        model = getattr(torch, traits.dtype), traits.head_dim, traits.softcap, traits.windowed
         for name in LIBRARIES:
-            if reasons.get(name) is None and not (softcap and name == "varlen"):
-                reasons[name] = disagreement(name, device, dtype, head_dim, softcap)
+            if reasons.get(name) is None and not (traits.softcap and name == "varlen"):
+                reasons[name] = disagreement(name, device, *model)
     return Machine(
         capability=capability,
         device_name=torch.cuda.get_device_name(device),

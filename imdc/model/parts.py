@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from imdc.errors import UnsupportedModelError
 from imdc.model import hf
+from imdc.model.backend_rule import AttentionTraits
 from imdc.model.families import Family, family_of
 from imdc.model.shape import layer_windows, trained_window
 
@@ -99,6 +100,19 @@ class Parts:
         window = trained_window(self.config)
         assert window is not None, "checked in `of`"
         return window
+
+    @property
+    def traits(self) -> AttentionTraits:
+        """What its attention asks of a backend, where its weights are now."""
+        attention: Any = self.decoder.layers[0].self_attn
+        return AttentionTraits(
+            self.device().type,
+            str(self.decoder.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            int(attention.head_dim),
+            softcap=getattr(self.config, "attn_logit_softcapping", None) is not None,
+            sinks=self.family.sinks,
+            windowed=any(self.windows),
+        )
 
     def layer_of(self, module: nn.Module) -> int | None:
         """The number of the layer whose attention module is `module`; None for those of other models."""

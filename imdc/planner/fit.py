@@ -39,7 +39,7 @@ def execution(
     Raises:
         ConfigError: the backend that is asked for cannot serve the model.
     """
-    traits = AttentionTraits(device, shape.dtype, shape.head_dim, shape.softcap, shape.sinks)
+    traits = AttentionTraits.of(shape, device)
     backend, _ = choose_backend(config.backend, traits, machine)
     read, written = batch.prompt_tokens, batch.new_tokens
     if batch.question_tokens:

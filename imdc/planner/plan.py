@@ -7,7 +7,7 @@ from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
 from imdc.layer_budgets import planned_layers, shares_in_words
-from imdc.model.backend_rule import ANY_MACHINE, KERNELS, Machine
+from imdc.model.backend_rule import ANY_MACHINE, KERNELS, AttentionTraits, Machine
 from imdc.model.families import FAMILIES, IMAGE_READERS
 from imdc.model.shape import ModelShape
 from imdc.planner.allocator import allocator_notes
@@ -265,7 +265,7 @@ def _shape_of(source: Any) -> tuple[ModelShape, str | None, Machine]:
         from imdc.model.machine import machine_of
 
         shape, device = ModelShape.from_model(source), source.device
-        return shape, str(device.type), machine_of(device, source.dtype, shape.head_dim, shape.softcap)
+        return shape, str(device.type), machine_of(device, AttentionTraits.of(shape, device.type))
     return ModelShape.from_config(source), None, ANY_MACHINE
 
 

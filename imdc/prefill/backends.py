@@ -144,22 +144,16 @@ def make_backend(name: str, device: torch.device) -> Backend:
     return _triton() if name == "triton" else {"sdpa": SDPA, "reference": REFERENCE}[name]
 
 
-def choose(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool, sinks: bool = False
-) -> tuple[Backend, str]:
+def choose(name: str, device: torch.device, traits: AttentionTraits) -> tuple[Backend, str]:
     """The backend for a model here, and a sentence that says why.
 
     Args:
         name: "auto" or a backend.
         device: where the model is.
-        dtype: of the model.
-        head_dim: head size.
-        softcap: whether some layers cap their logits.
-        sinks: whether layers have attention sinks.
+        traits: what the model asks for.
 
     Raises:
         ConfigError: the named backend cannot serve this model here; the message says why and what can.
     """
-    traits = AttentionTraits(device.type, str(dtype).removeprefix("torch."), head_dim, softcap, sinks)
-    chosen, why = choose_backend(name, traits, machine_of(device, dtype, head_dim, softcap))
+    chosen, why = choose_backend(name, traits, machine_of(device, traits))
     return make_backend(chosen, device), why

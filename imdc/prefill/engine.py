@@ -161,12 +161,7 @@ class Engine:
 
     def backend(self) -> tuple[Backend, str]:
         """The backend for the model where it is now, and why."""
-        parts = self.parts
-        weight = parts.decoder.get_input_embeddings().weight
-        attention: Any = parts.decoder.layers[0].self_attn
-        softcap = getattr(parts.config, "attn_logit_softcapping", None) is not None
-        heads = int(attention.head_dim)
-        return choose(self.config.backend, parts.device(), weight.dtype, heads, softcap, parts.family.sinks)
+        return choose(self.config.backend, self.parts.device(), self.parts.traits)
 
     def planner(self, chunk: int | None = None, new_tokens: int | None = None) -> TurnPlanner:
         """Who decides how rows are read, before a turn of `new_tokens` (None: not known).

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from imdc.config import UNPATCHED, PrefillConfig
 from imdc.errors import UnsupportedCallError
 from imdc.model import hf
+from imdc.model.backend_rule import AttentionTraits
 from imdc.model.machine import machine_of
 from imdc.model.parts import Parts
 from imdc.model.shape import ModelShape
@@ -181,7 +182,7 @@ def measure(
     assert handle.report is not None, "the prefill has run"
     steps = [report.step for report in reports]
     shape = ModelShape.from_model(model)
-    machine = machine_of(meter.device, model.dtype, shape.head_dim, shape.softcap)
+    machine = machine_of(meter.device, AttentionTraits.of(shape, meter.device.type))
     chosen: dict[str, Any] = {"backend": handle.report.backend, "compact": bool(cache.compact), "machine": machine}
     predicted = predict(shape, config, steps, **chosen)
     return MeasuredPrefill(
