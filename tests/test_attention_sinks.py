@@ -13,7 +13,8 @@ from tiny_models import FAMILIES, greedy, token_ids
 from torch import Tensor
 
 import imdc
-from imdc.errors import ConfigError
+from imdc.errors import ConfigError, ImdcError
+from imdc.model import hf
 from imdc.model.backend_rule import ANY_MACHINE, AttentionTraits, choose_backend
 from imdc.prefill.backends import REFERENCE, make_backend
 from imdc.prefill.softmax import Softmax
@@ -119,3 +120,19 @@ def test_a_plan_counts_what_the_checkpoint_has() -> None:
     # Experts in 4.25 bits, the rest in bfloat16.
     assert shape.weights == 24 * 32 * 3 * 2880**2 * 17 // 32 + 2 * (shape.parameters - 24 * 32 * 3 * 2880**2)
     assert "where a kernel fuses its attention" in str(made)
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt_oss", "s_aux"), ("gemma2", "softcap")])
+def test_a_call_that_lacks_what_the_model_has_raises(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a release of transformers had renamed the argument: nothing is left out without a word."""
+    model, ids = FAMILIES[family](), token_ids()
+    with imdc.patch(model, memory_tokens=40, chunk_tokens=32), monkeypatch.context() as patched:
+        greedy(model, ids)
+        ours = hf.ALL_ATTENTION_FUNCTIONS["eager"]
+
+        def renamed(*args: Any, **named: Any) -> Any:
+            return ours(*args, **{("other" if one == name else one): value for one, value in named.items()})
+
+        patched.setitem(hf.ALL_ATTENTION_FUNCTIONS, "eager", renamed)
+        with pytest.raises(ImdcError, match=f"model_type='{family}' came without {name}"):
+            greedy(model, ids)

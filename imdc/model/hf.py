@@ -9,6 +9,7 @@
 | `config._attn_implementation` of an attention module | which entry of those it asks for | 5.17 to 5.24 |
 | `eager_attention_forward` of a model's file | the entry that is not in the registry | 5.17 to 5.24 |
 | `module.layer_idx` of an attention module | which layer calls | 5.17 to 5.24 |
+| `scaling`, `softcap`, `s_aux` of an attention call | how its logits become weights | 5.17 to 5.24 |
 | `create_causal_mask`, `create_sliding_window_causal_mask` | decode masks of layers of both kinds | 5.17 to 5.24 |
 | the layers of `DynamicCache(config=...)` | which layers have a sliding window | 5.17 to 5.24 |
 | `CacheLayerMixin`, `DynamicSlidingWindowLayer` | bases of imdc's cache layers | 5.17 to 5.24 |

@@ -102,6 +102,11 @@ class Parts:
         return window
 
     @property
+    def caps_logits(self) -> bool:
+        """Whether attention logits are capped (Gemma 2)."""
+        return getattr(self.config, "attn_logit_softcapping", None) is not None
+
+    @property
     def traits(self) -> AttentionTraits:
         """What its attention asks of a backend, where its weights are now."""
         attention: Any = self.decoder.layers[0].self_attn
@@ -109,7 +114,7 @@ class Parts:
             self.device().type,
             str(self.decoder.get_input_embeddings().weight.dtype).removeprefix("torch."),
             int(attention.head_dim),
-            softcap=getattr(self.config, "attn_logit_softcapping", None) is not None,
+            softcap=self.caps_logits,
             sinks=self.family.sinks,
             windowed=any(self.windows),
         )

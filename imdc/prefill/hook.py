@@ -114,14 +114,13 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
         step = _RUNNING.get()
         # As PyTorch's fused attention does where a model names no scale.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         if step is None or not step.serves(module):
             found, (masks, renewal) = overlaid(), _DECODING.get()
             function = found or hf.eager_attention(module)
             if renewal is not None and renewal.serves(module):
                 renewed: Any = module.layer_idx
                 with _own_precision(query):
-                    renewal.renew(int(renewed), query, softmax)
+                    renewal.renew(int(renewed), query, Softmax.of(renewal.recall.parts, scale, kwargs))
             if masks is not None and masks.serves(module):
                 number: Any = module.layer_idx
                 attention_mask = masks.of(int(number), query, key, eager=found is None)
@@ -130,7 +129,7 @@ def _attention(overlaid: Callable[[], Any]) -> Callable[..., tuple[Tensor, Any]]
         layer: Any = module.layer_idx
         step.reached.add(int(layer))
         with _own_precision(query):
-            out = step.attend(int(layer), query, key, value, softmax)
+            out = step.attend(int(layer), query, key, value, Softmax.of(step.parts, scale, kwargs))
         return out.transpose(1, 2), None
 
     return imdc_attention

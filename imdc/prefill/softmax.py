@@ -8,12 +8,15 @@ gives L, so no kernel knows of sinks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imdc.errors import ImdcError
+from imdc.model.parts import Parts
 from imdc.prefill.backends import Backend
 
 
@@ -30,6 +33,23 @@ class Softmax:
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: Parts, scale: float, named: Mapping[str, Any]) -> Softmax:
+        """The rule that a layer of the model names in its attention call.
+
+        Raises:
+            ImdcError: the call lacks what the model has: transformers hands it over under another name.
+        """
+        found = cls(scale, named.get("softcap"), named.get("s_aux"))
+        has = (parts.caps_logits, found.softcap, "softcap"), (parts.family.sinks, found.sinks, "s_aux")
+        for wanted, value, name in has:
+            if wanted and value is None:
+                raise ImdcError(
+                    f"attention of model_type={parts.config.model_type!r} came without {name}; install a release of "
+                    f"transformers that imdc was tested with"
+                )
+        return found
 
     @property
     def logits(self) -> dict[str, Any]:
