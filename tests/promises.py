@@ -18,6 +18,7 @@ from imdc.cache.layers import MemoryLayer
 from imdc.errors import UnsupportedCallError
 from imdc.layer_budgets import fullest_share
 from imdc.model import hf
+from imdc.prefill.softmax import Softmax
 from imdc.prefill.step import StepRun
 
 MODES = ("greedy", "beams", "lookup", "assisted")
@@ -137,10 +138,10 @@ def watched(model: PreTrainedModel, config: imdc.PrefillConfig) -> Iterator[None
     """Hold every layer of every step against its plan."""
     attend = StepRun.attend
 
-    def checked(run: StepRun, layer: int, q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
+    def checked(run: StepRun, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         window, step = run.parts.windows[layer], run.step
         before = run.row.stored(layer)
-        out = attend(run, layer, q, k, v, **named)
+        out = attend(run, layer, q, k, v, softmax)
         after = run.row.stored(layer)
         assert out.shape == q.shape and bool(out.isfinite().all())
         if window is not None:
