@@ -73,10 +73,8 @@ class _Asked:
 
     def log_sums(self, own: Tensor) -> Tensor:
         """Log-sum-exp float32 [Hkv, group * n] of the logits `own` [Hkv, group * n, o], and of attention sinks."""
-        lse, sinks = own.logsumexp(dim=-1), self.softmax.sinks
-        if sinks is None:
-            return lse
-        return torch.logaddexp(lse, sinks.float().view(lse.shape[0], -1).repeat_interleave(self.rows, dim=1))
+        lse = own.logsumexp(dim=-1)
+        return self.softmax.with_sinks(lse.view(-1, self.rows)).view(lse.shape)
 
 
 @dataclass(slots=True)

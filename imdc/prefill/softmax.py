@@ -56,6 +56,10 @@ class Softmax:
         """What kernels are told."""
         return {"scale": self.scale, "softcap": self.softcap}
 
+    def with_sinks(self, lse: Tensor) -> Tensor:
+        """Log-sum-exp float32 [..., Hq, Q] of logits, the sinks counted in where there are any."""
+        return lse if self.sinks is None else torch.logaddexp(lse, self.sinks.float()[:, None])
+
     def attend(
         self, backend: Backend, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -63,5 +67,5 @@ class Softmax:
         out, lse = backend.chunk_attention(q, k, v, window=window, **self.logits)
         if self.sinks is None:
             return out, lse
-        total = torch.logaddexp(lse, self.sinks.float()[:, None])
+        total = self.with_sinks(lse)
         return out.mul_((lse - total).exp_()[..., None].to(out.dtype)), total
