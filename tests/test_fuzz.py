@@ -91,6 +91,31 @@ FOUND = {
         period=7,
         seed=41,
     ),
+    # The short row fills a layer beyond its share, which the report then counted for the long ones too.
+    "a short row where layers differ": Call(
+        "mistral",
+        ((2, 59, 82),),
+        {
+            "schedule": "imdc",
+            "growth": "sqrt",
+            "observer": "questions",
+            "positions": "original",
+            "memory_tokens": 3,
+            "chunk_tokens": 6,
+            "initial_memory": 1,
+            "observation_tokens": 2,
+            "pool_kernel": 1,
+            "sink_tokens": 0,
+            "recent_tokens": 0,
+            "layer_budget": "pyramid",
+            "decode_tokens": 1,
+        },
+        mode="beams",
+        new_tokens=1,
+        side="right",
+        period=7,
+        window=64,
+    ),
     "assisted in a second turn": Call("gemma3", ((30,), (1,)), SMALL, mode="assisted", new_tokens=6),
 }
 

@@ -88,17 +88,23 @@ class ImdcCache(hf.Cache):
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
     def stored_tokens(self) -> int:
-        """KV pairs stored per KV head and compressed layer, on average and rounded up."""
-        stored = [layer.stored for layer in self.layers if isinstance(layer, MemoryLayer)] or [0]
-        return -(-sum(stored) // len(stored))
+        """KV pairs that the longest row stores per KV head and compressed layer: the average, rounded up, unpadded."""
+        full, rows = self._full, self.rows
+        unused = 0 if rows is None else int(rows.padding[:, full].sum(dim=1).min())
+        stored: int = sum(self.layers[i].stored for i in full)
+        return -(-(stored - unused) // max(1, len(full)))
+
+    @property
+    def _full(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, MemoryLayer)]
 
     @property
     def ragged(self) -> bool:
         """Whether the compressed layers differ in what they store or in their padding: each has its own mask."""
-        full = [i for i, layer in enumerate(self.layers) if isinstance(layer, MemoryLayer)]
-        if self.rows is None:
+        full, rows = self._full, self.rows
+        if rows is None:
             return False
-        padding = self.rows.padding[:, full]
+        padding = rows.padding[:, full]
         return len({self.layers[i].stored for i in full}) > 1 or bool((padding != padding[:, :1]).any())
 
     def take_row(self, index: int) -> Row:
