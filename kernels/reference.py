@@ -223,16 +223,21 @@ def select(scores: Tensor, keep: int, *, sink_tokens: int = 0, recent_tokens: in
     return chosen.nonzero()[:, -1].view(*scores.shape[:-1], keep)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [..., T, D] by cos, sin [T, R], R <= D (the half-split form of Llama).
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary embedding of x [..., T, D] by cos, sin [T, R], R <= D.
 
-    Only the first R dimensions turn (partial rotary of Phi); computed in the dtype of `x`, as transformers does.
+    The dimensions r and r + R/2 turn together (the half-split form of Llama), or with `interleaved` 2r and 2r + 1 (that
+    of the RoFormer paper, arXiv 2104.09864, in GLM, Cohere and ERNIE). Only the first R dimensions turn (partial rotary
+    of Phi); computed in the dtype of `x`, as transformers does.
     """
     width = cos.shape[-1]
     half = width // 2
+    first, second = slice(0, half), slice(half, width)
+    if interleaved:
+        first, second = slice(0, width, 2), slice(1, width, 2)
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype), device=x.device)
     # Into the result by halves: whole products of a long memory would be the peak of a step.
-    for own, other, sign in ((slice(0, half), slice(half, width), -1), (slice(half, width), slice(0, half), 1)):
+    for own, other, sign in ((first, second, -1), (second, first, 1)):
         torch.mul(x[..., own], cos[..., own], out=out[..., own])
         out[..., own].add_(x[..., other] * sin[..., own], alpha=sign)
     out[..., width:] = x[..., width:]

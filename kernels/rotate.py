@@ -2,8 +2,9 @@
 
     y[t] = x[t] * cos[t] + swapped(x[t]) * sin[t],   swapped(x) = (-x[R/2:R], x[0:R/2])
 
-for the first R dimensions; the rest pass unchanged (RoFormer, arXiv 2104.09864, in Llama's half-split form). One read
-and one write of every element, which is what bounds it.
+for the first R dimensions; the rest pass unchanged (RoFormer, arXiv 2104.09864, in Llama's half-split form). In the
+interleaved form, RoFormer's own, swapped(x) = (-x[1], x[0], -x[3], x[2], ...). One read and one write of every element,
+which is what bounds it.
 
 Layouts and reference: `kernels/reference.py`, `rotate`.
 """
@@ -43,7 +44,7 @@ def _rotate_kernel(
     sin, stride_st,
     keys, heads,
     D: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(keys, BLOCK_T)
     i_row = tl.program_id(0) // blocks
@@ -61,8 +62,8 @@ def _rotate_kernel(
     HALF: tl.constexpr = TURNED // 2
     o_h = tl.arange(0, BLOCK_H)
     m_h = m_t[:, None] & (o_h < HALF)[None, :]
-    o_low = o_h[None, :]
-    o_high = HALF + o_h[None, :]
+    o_low = 2 * o_h[None, :] if INTERLEAVED else o_h[None, :]
+    o_high = o_low + (1 if INTERLEAVED else HALF)
     b_low = widened(tl.load(p_x[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
     b_high = widened(tl.load(p_x[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
     b_cos_low = widened(tl.load(p_cos[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
@@ -82,7 +83,7 @@ def _rotate_kernel(
         tl.store(p_out[:, None] + o_rest, tl.load(p_x[:, None] + o_rest, mask=m_p), mask=m_p)
 
 
-def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
+def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool = False) -> Launch:
     """The launch of `rotate` for checked arguments."""
     batch, heads, keys, dim = x.shape
     turned = cos.shape[1]
@@ -101,6 +102,7 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
             "BLOCK_H": power_of_two(turned // 2),
             "BLOCK_P": power_of_two(max(1, dim - turned)),
             "BLOCK_T": BLOCK,
+            "INTERLEAVED": interleaved,
             "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
         },
         num_warps=4,
@@ -111,7 +113,7 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Launch:
 
 
 @Planner
-def _plan(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
+def _plan(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Launch:
     require_tensor("x", x, (None, None, None, None), FLOATS)
     dim = x.shape[3]
     require(1 <= dim <= MAX_HEAD_SIZE, "x.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} only")
@@ -119,16 +121,17 @@ def _plan(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
     require_tensor("sin", sin, tuple(cos.shape), (x.dtype,))
     turned = cos.shape[1]
     require(2 <= turned <= dim and turned % 2 == 0, "cos.shape[1]", turned, f"must be even and 2..{dim}, the head size")
-    return plan_rotate(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format))
+    return plan_rotate(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format), interleaved)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary embedding of the keys `x`; bit for bit what `reference.rotate` gives in 16-bit types.
 
     Args:
         x: keys [B, Hkv, T, D], dense in the last dimension.
         cos: [T, R] in the dtype of `x`, R even and 2..D; the dimensions past R pass unchanged.
         sin: as `cos`.
+        interleaved: which dimensions turn together, as in `reference.rotate`.
 
     Returns:
         Rotated keys [B, Hkv, T, D], contiguous.
@@ -137,7 +140,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ValueError: an argument is out of its range; the message names it and its value.
     """
     common_target(x=x, cos=cos, sin=sin)
-    launch = _plan(x, cos, sin)
+    launch = _plan(x, cos, sin, interleaved=interleaved)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
         launch.run(x.device, {"x": x, "cos": cos, "sin": sin, "out": out})

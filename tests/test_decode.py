@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import imdc
 from imdc.errors import UnsupportedCallError
+from imdc.model.parts import Tables
 from imdc.prefill.renumber import moved
 from imdc.prefill.step import StepRun
 
@@ -164,15 +165,16 @@ def test_400_compressions_do_not_move_a_key(family: str, dtype: torch.dtype) -> 
     assert keys[0] and all(torch.equal(first, last) for first, last in zip(*keys, strict=True))
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_keys_that_move_400_times_keep_their_length_and_direction(dtype: torch.dtype) -> None:
+def test_keys_that_move_400_times_keep_their_length_and_direction(dtype: torch.dtype, interleaved: bool) -> None:
     keys = torch.randn(1, 2, 200, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     angles = torch.arange(700)[:, None] * 10_000.0 ** -(torch.arange(8) / 8)
-    angles = torch.cat((angles, angles), dim=1)
+    angles = angles.repeat_interleave(2, dim=1) if interleaved else torch.cat((angles, angles), dim=1)
 
-    def tables(first: int) -> tuple[Tensor, Tensor]:
+    def tables(first: int) -> Tables:
         rows = angles[first : first + 200]
-        return rows.cos().to(dtype), rows.sin().to(dtype)
+        return Tables(rows.cos().to(dtype), rows.sin().to(dtype), interleaved)
 
     turned = keys
     for first in range(500, 100, -1):

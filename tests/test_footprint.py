@@ -55,6 +55,14 @@ def test_prediction_is_close_for_the_other_families(family: str) -> None:
     assert measured.error == pytest.approx(0.0, abs=0.05)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "minimax_m2"])
+def test_prediction_knows_experts_narrower_than_what_they_give(family: str) -> None:
+    width = "intermediate_size" if family in ("mixtral", "minimax_m2") else "moe_intermediate_size"
+    model = FAMILIES[family](**{width: 16}).to(torch.bfloat16)
+    measured = measure(model, prompt(1200), PrefillConfig(memory_tokens=200, chunk_tokens=120, initial_memory=0.25))
+    assert measured.error == pytest.approx(0.0, abs=0.06)
+
+
 @pytest.mark.parametrize("observer", ["window", "all_queries", "key_diff", "sink_recent", "random"])
 def test_prediction_knows_the_observers(observer: str) -> None:
     model = FAMILIES["llama"]().to(torch.bfloat16)

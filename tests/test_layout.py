@@ -24,6 +24,7 @@ NO_TORCH = (
     "imdc.model.families",
     "imdc.model.shape",
     "imdc.model.config_file",
+    "imdc.model.config_terms",
 )
 
 

@@ -60,6 +60,15 @@ _SCALED = {
     "llama_4_scaling_beta": 0.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2}
+# One layer without experts, then layers with a shared one.
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -79,8 +88,34 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64}),
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
     "gpt_oss": ("GptOss", {**_MIXED, **_EXPERTS, "num_local_experts": 4}),
+    "gemma": ("Gemma", {}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    ),
+    "glm4": ("Glm4", {"attention_bias": True}),
+    "glm4_moe": ("Glm4Moe", {**_EXPERTS, **_ROUTED, "use_qk_norm": True, "attention_bias": True}),
+    "minimax_m2": ("MiniMaxM2", {**_EXPERTS, "num_local_experts": 4, "rotary_dim": 8}),
+    "ernie4_5": ("Ernie4_5", {}),
+    "exaone4": ("Exaone4", _MIXED),
+    "cohere2": ("Cohere2", {**_MIXED, "logit_scale": 1.0}),
+    "arcee": ("Arcee", {}),
 }
 
+# One of every kind that imdc treats in a way of its own: windows, keys that turn otherwise or not at all, scaled
+# queries, caps, sinks, a cache that the class drops, experts. The others differ in what lies between the attentions.
+KINDS = (
+    "llama",
+    "mistral_sliding",
+    "ministral3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "smollm3",
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4",
+)
 # With layers of both kinds.
 MIXED = tuple(family for family, (_, extra) in _CLASSES.items() if "layer_types" in extra)
 # What their configs are made from.

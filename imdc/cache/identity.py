@@ -26,6 +26,8 @@ _COMPUTING = (
     "embedding_multiplier",
     "hidden_act",
     "hidden_activation",
+    "layer_norm_eps",
+    "n_group",
     "no_rope_layers",
     "norm_topk_prob",
     "num_experts_per_tok",
@@ -33,8 +35,10 @@ _COMPUTING = (
     "query_pre_attn_scalar",
     "residual_multiplier",
     "rms_norm_eps",
+    "routed_scaling_factor",
     "swiglu_alpha",
     "swiglu_limit",
+    "topk_group",
 )
 # What torch.compile and FSDP put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)")

@@ -23,18 +23,26 @@ class Family:
         and_kin: the row also describes model types without a row whose name begins with this one's.
         rope_by_layer_type: the rotary module takes the layer type (Gemma 3 has two bases).
         rope_flag: attribute of an attention module that is false where the layer has no rotary embedding.
+        rope_in_windows: of a model with sliding layers, these alone have rotary embedding.
         drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
-        float_rotary: rotary embedding works in float32 whatever the dtype.
+        float_rotary: where rotary embedding works in float32 whatever the dtype, the bytes that it takes per element of
+            the queries at its peak.
         half_rotary: the rotary module gives the cosine and sine of each angle once, not once per half of a head.
+        interleaved: rotary embedding turns neighbouring dimensions together, not those half a head apart.
+        interleaved_tables: the rotary module gives the cosine and sine of each angle twice in a row.
         scaled_queries: queries grow with their position, see `imdc.model.parts.Parts.query_scale`.
         sinks: attention sinks, a learned logit per query head; see `imdc.prefill.softmax`.
         tied: the output head shares the embedding unless the config says otherwise.
         qkv_bias: query, key and value projections have a bias, also where the config does not say so.
         biased: all matrices of a layer have biases.
-        qk_norm: queries and keys are normalised per head.
+        qk_norm: queries and keys are normalised per head, unless the config says otherwise.
+        wide_qk_norm: all heads of a token are normalised at once instead.
         norms: RMS norms per layer besides those of queries and keys.
         post_norm: norms follow attention and MLP instead of preceding them.
         fused: gate and up are one matrix, and so are queries, keys and values.
+        fused_mlp: gate and up are one matrix.
+        shared_gate: a gate weighs what the shared expert of a mixture gives.
+        float_routing: what the experts of a mixture give is weighed in float32.
         gated: the MLP has a gate and an up projection rather than one.
         mlp_factor: width of the MLP in hidden sizes where the config does not say; None where it always does.
         opt_in_window: a sliding window counts only with `use_sliding_window`.
@@ -48,18 +56,25 @@ class Family:
     and_kin: bool = False
     rope_by_layer_type: bool = False
     rope_flag: str | None = None
+    rope_in_windows: bool = False
     drops_cache: bool = False
-    float_rotary: bool = False
+    float_rotary: int = 0
     half_rotary: bool = False
+    interleaved: bool = False
+    interleaved_tables: bool = False
     scaled_queries: bool = False
     sinks: bool = False
     tied: bool = False
     qkv_bias: bool = False
     biased: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     norms: int = 2
     post_norm: bool = False
     fused: bool = False
+    fused_mlp: bool = False
+    shared_gate: bool = False
+    float_routing: bool = False
     gated: bool = True
     mlp_factor: int | None = None
     opt_in_window: bool = False
@@ -97,20 +112,21 @@ _ROWS = (
         missing=_GEMMA3,
     ),
     Family("granite", "Granite"),
-    Family("olmo2", "OLMo 2", float_rotary=True, qk_norm=True, post_norm=True),
+    Family("olmo2", "OLMo 2", float_rotary=12, qk_norm=True, wide_qk_norm=True, post_norm=True),
     Family(
         "olmo3",
         "OLMo 3",
         rope_by_layer_type=True,
-        float_rotary=True,
+        float_rotary=12,
         qk_norm=True,
+        wide_qk_norm=True,
         post_norm=True,
         window_pattern=4,
     ),
     Family("seed_oss", "Seed-OSS", qkv_bias=True),
     Family("smollm3", "SmolLM3", rope_flag="use_rope"),
     Family("qwen3_moe", "Qwen3-MoE", qk_norm=True, opt_in_window=True, gguf="qwen3moe"),
-    Family("mixtral", "Mixtral"),
+    Family("mixtral", "Mixtral", float_routing=True),
     Family(
         "gpt_oss",
         "gpt-oss",
@@ -122,9 +138,26 @@ _ROWS = (
         # Of openai/gpt-oss-20b and -120b.
         missing={"dtype": "bfloat16"},
     ),
+    Family("gemma", "Gemma", and_kin=True, tied=True),
+    Family("qwen2_moe", "Qwen2-MoE", qkv_bias=True, opt_in_window=True, shared_gate=True, gguf="qwen2moe"),
+    Family("glm4", "GLM-4", interleaved=True, norms=4, fused_mlp=True),
+    Family("glm4_moe", "GLM-4.5", float_routing=True),
+    Family("minimax_m2", "MiniMax-M2", qk_norm=True, wide_qk_norm=True, float_routing=True),
+    Family("ernie4_5", "ERNIE 4.5", interleaved=True, float_rotary=14, tied=True),
+    Family("exaone4", "EXAONE 4", rope_in_windows=True, qk_norm=True, post_norm=True, window_pattern=4),
+    Family(
+        "cohere2",
+        "Command A, Command R7B",
+        rope_in_windows=True,
+        interleaved=True,
+        interleaved_tables=True,
+        float_rotary=16,
+        tied=True,
+        norms=1,
+        window_pattern=4,
+    ),
+    Family("arcee", "AFM", gated=False),
     # Described in plans only.
-    Family("qwen2_moe", qkv_bias=True, opt_in_window=True, gguf="qwen2moe"),
-    Family("gemma", and_kin=True, tied=True),
     Family("gemma3", and_kin=True, tied=True, qk_norm=True, norms=4),
     Family("cohere", and_kin=True, tied=True),
     Family("gpt2", tied=True, gated=False, mlp_factor=4),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,26 @@ from transformers import PreTrainedModel
 from imdc.errors import UnsupportedModelError
 from imdc.model import hf
 from imdc.model.backend_rule import AttentionTraits
+from imdc.model.config_terms import layer_windows, trained_window
 from imdc.model.families import Family, family_of
-from imdc.model.shape import layer_windows, trained_window
+
+
+class Tables(NamedTuple):
+    """What `rotate` turns heads by, in the order of its arguments.
+
+    Attributes:
+        cos: cosines [T, R] of the positions of T tokens, of R dimensions.
+        sin: sines, as `cos`.
+        interleaved: which dimensions turn together, see `imdc.kernels.reference.rotate`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+    def at(self, places: Tensor | slice) -> Tables:
+        """Those of some of the tokens."""
+        return self._replace(cos=self.cos[places], sin=self.sin[places])
 
 
 @dataclass(slots=True)
@@ -69,18 +87,22 @@ class Parts:
                 f"the config of model_type={config.model_type!r} has no max_position_embeddings; set it to the "
                 f"context length that the model was trained for"
             )
+        windows = _windows(config, len(layers))
         attentions: list[Any] = [layer.self_attn for layer in layers]
-        flag = family.rope_flag
+        flag, everywhere = family.rope_flag, not (family.rope_in_windows and any(windows))
         return cls(
             model=model,
             decoder=decoder,
             config=config,
             family=family,
-            rotary_layers=tuple(flag is None or bool(getattr(attention, flag)) for attention in attentions),
+            rotary_layers=tuple(
+                (everywhere or window is not None) and (flag is None or bool(getattr(attention, flag)))
+                for attention, window in zip(attentions, windows, strict=True)
+            ),
             layer_types=tuple(
                 config.layer_types[number] if family.rope_by_layer_type else None for number in range(len(layers))
             ),
-            windows=_windows(config, len(layers)),
+            windows=windows,
         )
 
     @property
@@ -136,8 +158,8 @@ class Parts:
         module = self.decoder.get_input_embeddings() if layer is None else self.decoder.layers[layer]
         return hf.execution_device(module)
 
-    def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [T, R] of `positions` (int64 [T]) without attention scaling; None where nothing turns.
+    def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> Tables | None:
+        """Tables of `positions` (int64 [T]) without attention scaling; None where nothing turns.
 
         The scaling of long-context variants (YaRN) is already in the canonical keys, which the model computes at
         position 0.
@@ -155,9 +177,12 @@ class Parts:
             scaling = getattr(module, f"{kind}_attention_scaling", 1.0)
         if scaling != 1.0:
             cos, sin = cos / scaling, sin / scaling
-        if self.family.half_rotary:
+        family = self.family
+        if family.half_rotary:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-        return cos[0].to(dtype), sin[0].to(dtype)
+        elif family.interleaved and not family.interleaved_tables:
+            cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1) for x in (cos, sin))
+        return Tables(cos[0].to(dtype), sin[0].to(dtype), family.interleaved)
 
     def query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Factor [T, 1] on queries at `positions` (int64 [T]), as Ministral 3 applies it; None where there is none.

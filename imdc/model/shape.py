@@ -6,12 +6,13 @@ needs neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from imdc.errors import UnsupportedModelError
 from imdc.model.config_file import attention_is_quantised, completed, size_of, weight_bits
+from imdc.model.config_terms import default_of, dense_layers, layer_windows, rotary_width, shared_width, trained_window
 from imdc.model.families import describe
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
@@ -38,15 +39,23 @@ class ModelShape:
         gated: the MLP has a gate and an up projection (SwiGLU) rather than one.
         fused: gate and up are one matrix, and so are queries, keys and values (Phi-3); a result lives as long as any
             part of it.
+        fused_mlp: gate and up are one matrix.
         experts: experts per MLP; 1 for a dense model.
         experts_per_token: experts that each token passes.
+        shared: width of the MLP that every token passes besides its experts (GLM-4.5).
+        shared_gate: a gate weighs what that MLP gives (Qwen2-MoE).
+        float_routing: what experts give is weighed in float32 (Mixtral, GLM-4.5, MiniMax-M2).
+        dense_layers: layers of a mixture that have one MLP, of width `dense`, in place of experts.
+        dense: see `dense_layers`.
         qkv_bias: query, key and value projections have a bias.
         biased: all matrices of a layer have biases, those of its experts and its router included.
         qk_norm: queries and keys are normalised per head.
+        wide_qk_norm: all heads of a token are normalised at once instead (OLMo 2, MiniMax-M2).
         softcap: attention logits are capped (Gemma 2), which fused attention cannot do.
         sinks: attention sinks, one logit per query head (gpt-oss).
         post_norm: norms follow attention and MLP instead of preceding them (OLMo 2).
-        float_rotary: rotary embedding works in float32 whatever the dtype (OLMo 2).
+        float_rotary: where rotary embedding works in float32 whatever the dtype (OLMo 2), the bytes that it takes per
+            element of the queries.
         rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
         norms_per_layer: RMS norms per layer besides those of queries and keys.
         weight_bits: bits per weight of the layers' matrices where the checkpoint is quantised, else None.
@@ -72,15 +81,22 @@ class ModelShape:
     tied: bool = False
     gated: bool = True
     fused: bool = False
+    fused_mlp: bool = False
     experts: int = 1
     experts_per_token: int = 1
+    shared: int = 0
+    shared_gate: bool = False
+    float_routing: bool = False
+    dense_layers: int = 0
+    dense: int = 0
     qkv_bias: bool = False
     biased: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     softcap: bool = False
     sinks: bool = False
     post_norm: bool = False
-    float_rotary: bool = False
+    float_rotary: int = 0
     rotary_bases: int = 1
     norms_per_layer: int = 2
     weight_bits: int | None = None
@@ -96,15 +112,29 @@ class ModelShape:
     @property
     def expert_parameters(self) -> int:
         """Parameters of one MLP, or of one expert of a mixture."""
-        return (3 if self.gated else 2) * self.hidden * self.intermediate
+        return self._mlp(self.intermediate)
 
     @property
     def layer_matrices(self) -> int:
-        """Parameters of one decoder layer that are matrices, over which a token is multiplied."""
+        """Parameters of one decoder layer that are matrices, over which a token is multiplied; see `less_when_dense`.
+
+        Those of a mixture's layer with experts.
+        """
         q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        return attention + self.expert_parameters * self.experts + router
+        return attention + self._mixture(self.experts)
+
+    def less_when_dense(self, experts: int) -> int:
+        """What all layers without experts have less than `layer_matrices`, of whose experts so many count."""
+        return self.dense_layers * (self._mixture(experts) - self._mlp(self.dense))
+
+    def _mlp(self, width: int) -> int:
+        return (3 if self.gated else 2) * self.hidden * width
+
+    def _mixture(self, experts: int) -> int:
+        """Parameters of so many experts and of what goes with them."""
+        router = self.hidden * (self.experts + self.shared_gate) if self.experts > 1 else 0
+        return self.expert_parameters * experts + self._mlp(self.shared) + router
 
     @property
     def layer_parameters(self) -> int:
@@ -114,15 +144,15 @@ class ModelShape:
         if self.biased:
             expert = (2 if self.gated else 1) * self.intermediate + self.hidden
             biases += self.hidden + expert * self.experts + (self.experts if self.experts > 1 else 0)
-        # OLMo 2 normalises all heads of a token at once, the others each head by itself.
-        head_norms = (q_width + kv_width if self.post_norm else 2 * self.head_dim) * self.qk_norm
+        head_norms = (q_width + kv_width if self.wide_qk_norm else 2 * self.head_dim) * self.qk_norm
         return self.layer_matrices + biases + head_norms + self.norms_per_layer * self.hidden
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + embeddings + self.hidden
+        layers = self.layers * self.layer_parameters - self.less_when_dense(self.experts)
+        return layers + embeddings + self.hidden
 
     @property
     def weights(self) -> int:
@@ -130,7 +160,7 @@ class ModelShape:
         if self.weight_bytes is not None:
             return self.weight_bytes
         layer = self.layer_matrices if self.attention_quantised else self.expert_parameters * self.experts
-        matrices = self.layers * layer if self.weight_bits else 0
+        matrices = self.layers * layer - self.less_when_dense(self.experts) if self.weight_bits else 0
         # Scales and zero points of groups of 64 or 128 weights take about a quarter of a bit per weight.
         quantised = matrices * (4 * (self.weight_bits or 0) + 1) // 32
         return (self.parameters - matrices) * self.dtype_bytes + quantised
@@ -161,7 +191,6 @@ class ModelShape:
                 f"the config of model type {family!r} has num_attention_heads={q_heads}, which is no multiple of "
                 f"num_key_value_heads={kv_heads}"
             )
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
         layers = size_of(config, family, "num_hidden_layers", "n_layer")
         dtype = _dtype_name(config)
         windows = [window for window in layer_windows(config, layers) if window is not None]
@@ -177,19 +206,26 @@ class ModelShape:
             head_dim=head_dim,
             vocab=size_of(config, family, "vocab_size"),
             max_positions=trained_window(config),
-            rotary=int(head_dim * _partial_rotary(config, rope)),
+            rotary=rotary_width(config, head_dim),
             dtype=dtype,
             dtype_bytes=DTYPE_BYTES[dtype],
             sliding_layers=len(windows),
             window=windows[0] if windows else None,
-            tied=bool(_default(config, "tie_word_embeddings", row.tied)),
+            tied=bool(default_of(config, "tie_word_embeddings", row.tied)),
             gated=row.gated,
             fused=row.fused,
+            fused_mlp=row.fused or row.fused_mlp,
             experts=experts,
             experts_per_token=size_of(config, family, "num_experts_per_tok", default=1),
-            qkv_bias=bool(_default(config, "attention_bias", False)) or row.qkv_bias,
+            shared=shared_width(config, family) if experts > 1 else 0,
+            shared_gate=row.shared_gate,
+            float_routing=row.float_routing,
+            dense_layers=dense_layers(config, layers) if experts > 1 else 0,
+            dense=size_of(config, family, "intermediate_size", default=0),
+            qkv_bias=bool(default_of(config, "attention_bias", False)) or row.qkv_bias,
             biased=row.biased,
-            qk_norm=row.qk_norm,
+            qk_norm=bool(default_of(config, "use_qk_norm", row.qk_norm)),
+            wide_qk_norm=row.wide_qk_norm,
             softcap=getattr(config, "attn_logit_softcapping", None) is not None,
             sinks=row.sinks,
             post_norm=row.post_norm,
@@ -214,34 +250,6 @@ class ModelShape:
         return replace(shape, weight_bytes=sum(storages.values()), dtype=dtype, dtype_bytes=DTYPE_BYTES[dtype])
 
 
-def _default(config: Any, name: str, default: Any) -> Any:
-    value = getattr(config, name, None)
-    return default if value is None else value
-
-
-def _rope_entry(rope: Any, *names: str) -> Any:
-    """An entry of the rotary settings, where they are one mapping for all layers."""
-    entries = rope if isinstance(rope, Mapping) else {}
-    return next((entries[name] for name in names if entries.get(name) is not None), None)
-
-
-def trained_window(config: Any) -> int | None:
-    """Positions that a model was trained for; None where its config does not say."""
-    family = str(getattr(config, "model_type", "unknown"))
-    window = size_of(config, family, "max_position_embeddings", "n_positions", default=0)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if _rope_entry(rope, "rope_type", "type") == "longrope":
-        # The short factors, which hold for all positions of a bounded memory, end here.
-        original = _rope_entry(rope, "original_max_position_embeddings")
-        window = original or getattr(config, "original_max_position_embeddings", None) or window
-    return int(window) if window else None
-
-
-def _partial_rotary(config: Any, rope: Any) -> float:
-    share = _rope_entry(rope, "partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
-    return 1.0 if share is None else float(share)
-
-
 def _dtype_name(source: Any) -> str:
     """Name of the `dtype` of a config or tensor."""
     value = getattr(source, "dtype", None)
@@ -251,22 +259,3 @@ def _dtype_name(source: Any) -> str:
     if name not in DTYPE_BYTES:
         raise UnsupportedModelError(f"the model has dtype {name!r}; a plan knows {', '.join(sorted(DTYPE_BYTES))}")
     return name
-
-
-def layer_windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    """Per layer its sliding window in tokens, None for full attention, by the rules of transformers' own caches."""
-    family = str(getattr(config, "model_type", "unknown"))
-    row = describe(family)
-    window = size_of(config, family, "sliding_window", default=0)
-    kinds = getattr(config, "layer_types", None)
-    if not window:
-        slides = [False] * layers
-    elif isinstance(kinds, (list, tuple)):
-        slides = ["sliding" in str(kind) for kind in kinds]
-    elif not _default(config, "use_sliding_window", not row.opt_in_window):
-        slides = [False] * layers
-    else:
-        pattern = getattr(config, "sliding_window_pattern", None) or row.window_pattern
-        skipped = getattr(config, "max_window_layers", None) or 0
-        slides = [(layer + 1) % pattern != 0 if pattern else layer >= skipped for layer in range(layers)]
-    return tuple(window if slide else None for slide in slides)

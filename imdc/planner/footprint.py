@@ -181,13 +181,15 @@ def _flops(work: Work) -> int:
     pairs = shape.full_layers * full_pairs + shape.sliding_layers * sliding_pairs
     scored = shape.full_layers * work.voting_rows * (before + rows)
     head = 2 * shape.vocab * shape.hidden if work.last else 0
-    return 2 * rows * active * shape.layers + 4 * queries * pairs + 2 * queries * scored + head
+    products = active * shape.layers - shape.less_when_dense(shape.experts_per_token)
+    return 2 * rows * products + 4 * queries * pairs + 2 * queries * scored + head
 
 
 def _moved_bytes(work: Work) -> int:
     shape, step = work.shape, work.step
     # Embeddings stay out, and so do experts that no row of a small chunk can reach.
-    embeddings = (shape.parameters - shape.layers * shape.layer_parameters) * shape.dtype_bytes
+    layers = shape.layers * shape.layer_parameters - shape.less_when_dense(shape.experts)
+    embeddings = (shape.parameters - layers) * shape.dtype_bytes
     idle = max(0, shape.experts - work.rows * shape.experts_per_token) * shape.expert_parameters
     weights = int((shape.weights - embeddings) * (1 - idle / shape.layer_parameters))
     # A sliding layer's memory is left out: it makes this less of a bound, never a wrong one.

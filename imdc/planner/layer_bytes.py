@@ -50,8 +50,8 @@ def phases(work: Work, layers: Layers) -> Iterator[Phase]:
     yield Phase("norm", unit * 3 * hidden + 8 * rows * hidden)
     if shape.qk_norm:
         yield Phase("heads", unit * (inputs + queries) + 8 * rows * queries)
-    turned_unit = rows * 4 if shape.float_rotary else unit
-    yield Phase("rotary", unit * (inputs + queries + 2 * keys) + turned_unit * 3 * queries)
+    turned = rows * queries * (shape.float_rotary or 3 * shape.dtype_bytes)
+    yield Phase("rotary", unit * (inputs + queries + 2 * keys) + turned)
 
     states = unit * (inputs + queries + 2 * keys + shape.fused * (queries + keys))
     if layers.window is None and (storing := storing_bytes(work)):
@@ -122,17 +122,21 @@ def _rest(work: Work, states: int, inputs: int, compaction: Phase | None) -> Ite
     if compaction is not None:
         yield compaction
     yield Phase("output", states + unit * (hidden + queries), unit * queries, layer_memory="after")
-    yield Phase("mlp", unit * (inputs + hidden + _mlp_widths(shape)), layer_memory="after")
+    yield Phase("mlp", unit * (inputs + hidden) + rows * _mlp_bytes(shape), layer_memory="after")
     if work.last:
         logits = shape.vocab * shape.dtype_bytes
         yield Phase("head", unit * 2 * hidden + 8 * rows * hidden, logits=logits, layer_memory="after")
 
 
-def _mlp_widths(shape: ModelShape) -> int:
-    """Elements per token of the MLP's own tensors that are alive at once."""
+def _mlp_bytes(shape: ModelShape) -> int:
+    """Bytes per token of the MLP's own tensors that are alive at once."""
+    size, hidden = shape.dtype_bytes, shape.hidden
     if shape.experts > 1:
         # Per routed copy of a token: its hidden state; gate and up in one, activation, product. Those of gpt-oss are
         # clamped, and the copy has its expert's biases: gate and up twice, clamped, and three products of them.
-        widths = 9 if shape.biased else 4
-        return shape.experts_per_token * (shape.hidden + widths * shape.intermediate)
-    return (2 if not shape.gated else 4 if shape.fused else 3) * shape.intermediate
+        inside = size * (hidden + (9 if shape.biased else 4) * shape.intermediate)
+        # Later its hidden state and what its expert gives; that weighed, and in the order of the tokens again.
+        weighed = 2 * hidden * (size + (4 if shape.float_routing else size))
+        # A shared expert with a gate comes first.
+        return shape.experts_per_token * max(inside, weighed) + size * hidden * shape.shared_gate
+    return size * (2 if not shape.gated else 4 if shape.fused_mlp else 3) * shape.intermediate

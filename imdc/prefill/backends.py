@@ -35,7 +35,7 @@ class Backend:
     key_mass: Callable[..., Tensor]
     select: Callable[..., Tensor]
     compact: Callable[..., tuple[Tensor, Tensor]]
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotate: Callable[..., Tensor]
     compress_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
 

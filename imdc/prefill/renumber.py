@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from imdc.kernels.reference import rotate
-from imdc.model.parts import Parts
-
-Tables = tuple[Tensor, Tensor]
-
+from imdc.model.parts import Parts, Tables
 
 # Bits of a float32 mantissa that a shorter type has no room for.
 _LOST_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -25,17 +22,17 @@ def moved(keys: Tensor, old: Tables, new: Tables | None, *, seed: int = 0) -> Te
 
     Args:
         keys: [..., T, D].
-        old: cosines and sines [..., T, R], R <= D, in the dtype in which they were applied.
+        old: with cosines and sines [..., T, R], R <= D, in the dtype in which they were applied.
         new: as `old`.
         seed: of the rounding; another one for every move, so that the errors are independent.
     """
-    cos, sin = old[0].float(), old[1].float()
+    cos, sin = old.cos.float(), old.sin.float()
     stretch = cos * cos + sin * sin
     if new is None:
-        return rotate(keys.float(), cos / stretch, -sin / stretch).to(keys.dtype)
-    to_cos, to_sin = new[0].float(), new[1].float()
+        return rotate(keys.float(), cos / stretch, -sin / stretch, old.interleaved).to(keys.dtype)
+    to_cos, to_sin = new.cos.float(), new.sin.float()
     cos, sin = (to_cos * cos + to_sin * sin) / stretch, (to_sin * cos - to_cos * sin) / stretch
-    return _rounded(rotate(keys.float(), cos, sin), keys.dtype, seed)
+    return _rounded(rotate(keys.float(), cos, sin, old.interleaved), keys.dtype, seed)
 
 
 def turned(parts: Parts, layer: int, states: Tensor, end: int, *, back: bool = False) -> Tensor:

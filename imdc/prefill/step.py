@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from imdc.layer_budgets import share_out
+from imdc.model.parts import Tables
 from imdc.prefill.key_entropy import key_entropy
 from imdc.prefill.observation import Observation, scored
 from imdc.prefill.reading import RowReading, Tools
 from imdc.prefill.recording import Recorder
-from imdc.prefill.renumber import Tables, moved
+from imdc.prefill.renumber import moved
 from imdc.prefill.softmax import Softmax
 from imdc.schedule import Step, observing_rows
 
@@ -50,7 +51,7 @@ class StepRun:
         # Layers whose attention call came; see `imdc.prefill.hook.running`.
         self.reached: set[int] = set()
         self._retained: dict[int, tuple[Tensor, int]] = {}
-        self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor] | None] = {}
+        self._tables: dict[tuple[Any, ...], Tables | None] = {}
         self._query_scales: dict[torch.device, Tensor | None] = {}
 
     def serves(self, module: nn.Module) -> bool:
@@ -147,14 +148,14 @@ class StepRun:
         tables = self._rotary(layer, stored, keys) if self.row.compact else None
         if tables is None:
             return q, keys, keys, None
-        rotate, (cos, sin) = self.tools.backend.rotate, tables
+        rotate, after = self.tools.backend.rotate, tables.at(slice(stored, None))
         if self.reading.rotated:
             turned = keys.clone()
-            turned[:, :, stored:] = rotate(keys[:, :, stored:], cos[stored:], sin[stored:])
+            turned[:, :, stored:] = rotate(keys[:, :, stored:], *after)
             keys = turned
         else:
-            turned = rotate(keys, cos, sin)
-        q, scale = rotate(q, cos[stored:], sin[stored:]), self._query_scales[q.device]
+            turned = rotate(keys, *tables)
+        q, scale = rotate(q, *after), self._query_scales[q.device]
         return q if scale is None else q.mul_(scale), keys, turned, tables
 
     def _moved(self, layer: int, keys: Tensor, places: Tensor, tables: Tables | None) -> Tensor:
@@ -162,13 +163,13 @@ class StepRun:
         if not self.reading.rotated or tables is None:
             return keys
         end = self.fullest_after
-        if end == self._first + self.step.chunk_tokens and keys.shape[2] == tables[0].shape[-2] - self.tail_rows:
+        if end == self._first + self.step.chunk_tokens and keys.shape[2] == tables.cos.shape[-2] - self.tail_rows:
             # Neither this layer nor the fullest one drops any, so all keep their numbers.
             return keys
         numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
-        new = self.parts.rotary(layer, numbers, tables[0].dtype)
+        new = self.parts.rotary(layer, numbers, tables.cos.dtype)
         # Tokens seen so far tell one compression of a row from the next.
-        return moved(keys, (tables[0][places], tables[1][places]), new, seed=self.row.tokens)
+        return moved(keys, tables.at(places), new, seed=self.row.tokens)
 
     def _show(self, recorder: Recorder, layer: int, q: Tensor, k: Tensor, softmax: Softmax) -> None:
         config, chunk = self.reading.config, self.step.chunk_tokens
@@ -275,7 +276,7 @@ class StepRun:
         lengths = self.questions or (self.tail_rows,)
         return first + self.tail_gap + torch.cat([torch.arange(length, device=device) for length in lengths])
 
-    def _rotary(self, layer: int, stored: int, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rotary(self, layer: int, stored: int, keys: Tensor) -> Tables | None:
         """Tables of all keys of the workspace: the chunk starts at the position after the fullest layer's memory.
 
         Layers that store less, and sliding ones, are numbered backwards from the same start.
@@ -294,4 +295,4 @@ class StepRun:
             rows = self.step.chunk_tokens + self.tail_rows
             self._query_scales[keys.device] = parts.query_scale(positions[-rows:], keys.dtype)
         tables = self._tables[name]
-        return None if tables is None else (tables[0][longest - stored :], tables[1][longest - stored :])
+        return None if tables is None else tables.at(slice(longest - stored, None))
