@@ -1,4 +1,4 @@
-"""Every way in which generate() decodes, on every family: the table of modes."""
+"""Every way in which generate() decodes, on every kind of family: the table of modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mode_cases import LENGTH, NEW, ROOMY, TIGHT, Calls, assistant_of, by_hand, generate, model_of, prompt
-from tiny_models import FAMILIES, build, token_ids
+from tiny_models import KINDS, build, token_ids
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -112,7 +112,7 @@ MODES: dict[str, Callable[[str, PreTrainedModel], Tensor]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_roomy_memory_decodes_as_the_unpatched_model(family: str, mode: str) -> None:
     model, run = model_of(family), MODES[mode]
     wanted = run(family, model)
@@ -123,7 +123,7 @@ def test_roomy_memory_decodes_as_the_unpatched_model(family: str, mode: str) -> 
 
 
 @pytest.mark.parametrize("mode", ["prompt lookup", "assisted", "streaming", "record", "custom loop"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_tight_memory_decodes_as_its_own_greedy(family: str, mode: str) -> None:
     model = model_of(family)
     with imdc.patch(model, **TIGHT) as handle:
@@ -135,7 +135,7 @@ def test_tight_memory_decodes_as_its_own_greedy(family: str, mode: str) -> None:
     assert torch.equal(got[:, : wanted.shape[1]], wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_tight_beams_of_a_row_are_those_of_the_row_alone(family: str) -> None:
     model = model_of(family)
     other = token_ids(LENGTH, seed=5)
