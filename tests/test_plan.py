@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +193,17 @@ def test_plan_says_where_patch_refuses_positions() -> None:
     refusal = pytest.raises(UnsupportedCallError, match="the model was trained for")
     with patch(model, memory_tokens=window, chunk_tokens=1024, schedule="fm") as handle, refusal:
         model(ids, past_key_values=handle.new_cache(), logits_to_keep=1)
+
+
+def test_plan_takes_where_a_config_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    wanted = plan(SimpleNamespace(**LLAMA_8B), 100_000).to_dict()
+    for source in (tmp_path, str(tmp_path), str(tmp_path / "config.json")):
+        assert plan(source, 100_000).to_dict() == wanted
+    with pytest.raises(ConfigError, match="'./no-such-model' was not found"):
+        plan("./no-such-model", 1000)
+    with pytest.raises(ConfigError, match="model_or_config = None: must be a model"):
+        plan(None, 1000)
 
 
 def test_plan_says_what_patch_does_not_support() -> None:

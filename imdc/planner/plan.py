@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from imdc.config import PrefillConfig, resolve_config
+from imdc.errors import ConfigError
 from imdc.layer_budgets import planned_layers, shares_in_words
 from imdc.model.backend_rule import ANY_MACHINE, KERNELS, AttentionTraits, Machine
+from imdc.model.config_file import read_config
 from imdc.model.families import FAMILIES, IMAGE_READERS
 from imdc.model.shape import ModelShape
 from imdc.planner.allocator import allocator_notes
@@ -16,6 +19,7 @@ from imdc.planner.batch import Batch, Kept
 from imdc.planner.fit import compact_misfit, execution, fit_chunk, foresee, limit_bytes, with_chunk
 from imdc.planner.footprint import StepFootprint, predict_unpatched
 from imdc.planner.gpus import Gpu
+from imdc.planner.model_notes import model_notes
 from imdc.planner.recalling import host_bytes, host_notes, moved_bytes, renewal_moved_bytes
 from imdc.positions import fitted
 from imdc.report import OfStep
@@ -190,18 +194,7 @@ class Plan:
         notes += [f"note: {shared}" for shared in shares_in_words(self.config, shape.full_layers, steps)]
         if self.backend in KERNELS:
             notes += allocator_notes(shape, self._held)
-        if shape.sliding_layers:
-            rest = shape.full_layers
-            others = f"memory and schedule are about the other {rest}" if rest else "there is nothing to compress"
-            window = format_tokens(shape.window or 0)
-            layers = f"{shape.sliding_layers} of {shape.layers} layers"
-            notes.append(f"note: {layers} see a window of {window} tokens; {others}")
-        if whole is not None:
-            notes.append("note: the text part alone; weights of other parts, such as a vision tower, come on top")
-        if shape.weight_bits and shape.weight_bytes is None:
-            bits = f"{shape.weight_bits} bits with their scales"
-            notes.append(f"note: weights of {bits}, as the config says; an estimate")
-        return notes
+        return [*notes, *model_notes(shape)]
 
 
 _COLUMNS = ("step", "from token", "chunk", "memory before", "after", "predicted peak")
@@ -233,7 +226,8 @@ def plan(
     """How a prompt of that length will be read by `imdc.patch` with the same options.
 
     Args:
-        model_or_config: a model, its transformers config, or a `ModelShape`.
+        model_or_config: a model, its transformers config, a `ModelShape`, or where a config is: a folder, a
+            config.json, a .gguf file or a hub id.
         prompt_tokens: tokens of the prompt, of the longest row.
         config: the options, or None for the defaults.
         rows: different prompts in one batch.
@@ -246,21 +240,27 @@ def plan(
         options: fields of `PrefillConfig`, instead of or on top of `config`.
 
     Raises:
-        ConfigError: an option, `rows` or `new_tokens` does not work, or nothing fits `memory_limit`.
+        ConfigError: an option, `rows` or `new_tokens` does not work, no config is there, or nothing fits
+            `memory_limit`.
         UnsupportedModelError: the config lacks a size that the plan needs.
     """
     chosen = resolve_config(config, **options)
     shape, place, machine = _shape_of(model_or_config)
     machine = machine if device in (None, place) else ANY_MACHINE
     batch = Batch(prompt_tokens, rows, new_tokens=new_tokens, question_tokens=question_tokens)
-    place = device or place or "cuda"
-    return plan_shape(shape, batch, chosen, device=place, device_bytes=device_bytes, machine=machine)
+    return plan_shape(
+        shape, batch, chosen, device=device or place or "cuda", device_bytes=device_bytes, machine=machine
+    )
 
 
 def _shape_of(source: Any) -> tuple[ModelShape, str | None, Machine]:
     """(sizes, kind of device, machine); a config is planned for a machine that has what is asked for."""
     if isinstance(source, ModelShape):
         return source, None, ANY_MACHINE
+    if isinstance(source, str | os.PathLike):
+        source = read_config(source)
+    if not any(hasattr(source, name) for name in ("model_type", "text_config", "config")):
+        raise ConfigError(f"model_or_config = {source!r}: must be a model, its config, or where that is")
     if hasattr(source, "parameters") and hasattr(source, "config"):
         from imdc.model.machine import machine_of
 
