@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, token_ids
+from tiny_models import build, greedy, token_ids
 from torch import Tensor
 from traces import positions_of
 from transformers import PreTrainedModel
@@ -252,3 +252,15 @@ def test_new_tokens_alone_cannot_be_read_anew() -> None:
         # The cache is as it was: a turn that fits goes on from it.
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, stored, strict=True))
         generate(model, torch.cat((history, token_ids(20, seed=2)), dim=1), 8, past_key_values=cache)
+
+
+@pytest.mark.parametrize(("family", "window"), [("exaone4", None), ("exaone4", 24), ("cohere2", 24)])
+def test_layers_without_a_window_turn_keys_only_where_the_model_does(family: str, window: int | None) -> None:
+    """Where a config names a window and gives it to no layer, EXAONE 4 and Cohere have no rotary embedding at all."""
+    model = build(family, sliding_window=window, layer_types=["full_attention"] * 3)
+    ids = token_ids(150)
+    wanted = greedy(model, ids)
+    with imdc.patch(model, memory_tokens=512, chunk_tokens=32, positions="compact"):
+        got = greedy(model, ids)
+    for ours, theirs in zip(got.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

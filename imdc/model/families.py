@@ -6,7 +6,7 @@ these classes differ. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,7 @@ class Family:
         title: the name people know it by; empty for what `imdc.plan` describes and `imdc.patch` does not support.
         and_kin: the row also describes model types without a row whose name begins with this one's.
         rope_by_layer_type: the rotary module takes the layer type (Gemma 3 has two bases).
-        rope_flag: attribute of an attention module that is false where the layer has no rotary embedding.
-        rope_in_windows: of a model with sliding layers, these alone have rotary embedding.
+        rotates: whether the layer of an attention module has rotary embedding.
         drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
         float_rotary: where rotary embedding works in float32 whatever the dtype, the bytes that it takes per element of
             the queries at its peak.
@@ -55,8 +54,7 @@ class Family:
     title: str = ""
     and_kin: bool = False
     rope_by_layer_type: bool = False
-    rope_flag: str | None = None
-    rope_in_windows: bool = False
+    rotates: Callable[[Any], bool] = lambda attention: True
     drops_cache: bool = False
     float_rotary: int = 0
     half_rotary: bool = False
@@ -124,7 +122,7 @@ _ROWS = (
         window_pattern=4,
     ),
     Family("seed_oss", "Seed-OSS", qkv_bias=True),
-    Family("smollm3", "SmolLM3", rope_flag="use_rope"),
+    Family("smollm3", "SmolLM3", rotates=lambda attention: bool(attention.use_rope)),
     Family("qwen3_moe", "Qwen3-MoE", qk_norm=True, opt_in_window=True, gguf="qwen3moe"),
     Family("mixtral", "Mixtral", float_routing=True),
     Family(
@@ -144,11 +142,18 @@ _ROWS = (
     Family("glm4_moe", "GLM-4.5", float_routing=True),
     Family("minimax_m2", "MiniMax-M2", qk_norm=True, wide_qk_norm=True, float_routing=True),
     Family("ernie4_5", "ERNIE 4.5", interleaved=True, float_rotary=14, tied=True),
-    Family("exaone4", "EXAONE 4", rope_in_windows=True, qk_norm=True, post_norm=True, window_pattern=4),
+    Family(
+        "exaone4",
+        "EXAONE 4",
+        rotates=lambda attention: attention.sliding_window is None or attention.is_sliding,
+        qk_norm=True,
+        post_norm=True,
+        window_pattern=4,
+    ),
     Family(
         "cohere2",
         "Command A, Command R7B",
-        rope_in_windows=True,
+        rotates=lambda attention: attention.sliding_window is not None,
         interleaved=True,
         interleaved_tables=True,
         float_rotary=16,

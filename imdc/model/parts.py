@@ -87,22 +87,17 @@ class Parts:
                 f"the config of model_type={config.model_type!r} has no max_position_embeddings; set it to the "
                 f"context length that the model was trained for"
             )
-        windows = _windows(config, len(layers))
         attentions: list[Any] = [layer.self_attn for layer in layers]
-        flag, everywhere = family.rope_flag, not (family.rope_in_windows and any(windows))
         return cls(
             model=model,
             decoder=decoder,
             config=config,
             family=family,
-            rotary_layers=tuple(
-                (everywhere or window is not None) and (flag is None or bool(getattr(attention, flag)))
-                for attention, window in zip(attentions, windows, strict=True)
-            ),
+            rotary_layers=tuple(family.rotates(attention) for attention in attentions),
             layer_types=tuple(
                 config.layer_types[number] if family.rope_by_layer_type else None for number in range(len(layers))
             ),
-            windows=windows,
+            windows=_windows(config, len(layers)),
         )
 
     @property
