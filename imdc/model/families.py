@@ -138,7 +138,9 @@ _ROWS = (
     ),
     Family("gemma", "Gemma", and_kin=True, tied=True),
     Family("qwen2_moe", "Qwen2-MoE", qkv_bias=True, opt_in_window=True, shared_gate=True, gguf="qwen2moe"),
-    Family("glm4", "GLM-4", interleaved=True, norms=4, fused_mlp=True),
+    Family("olmoe", "OLMoE", qk_norm=True, wide_qk_norm=True),
+    Family("glm", "GLM-4-9B", interleaved=True, fused_mlp=True),
+    Family("glm4", "GLM-4-0414", interleaved=True, norms=4, fused_mlp=True),
     Family("glm4_moe", "GLM-4.5", float_routing=True),
     Family("minimax_m2", "MiniMax-M2", qk_norm=True, wide_qk_norm=True, float_routing=True),
     Family("ernie4_5", "ERNIE 4.5", interleaved=True, float_rotary=14, tied=True),
@@ -149,6 +151,17 @@ _ROWS = (
         qk_norm=True,
         post_norm=True,
         window_pattern=4,
+    ),
+    Family(
+        "cohere",
+        "Command R",
+        and_kin=True,
+        interleaved=True,
+        interleaved_tables=True,
+        float_rotary=16,
+        tied=True,
+        wide_qk_norm=True,
+        norms=1,
     ),
     Family(
         "cohere2",
@@ -164,7 +177,6 @@ _ROWS = (
     Family("arcee", "AFM", gated=False),
     # Described in plans only.
     Family("gemma3", and_kin=True, tied=True, qk_norm=True, norms=4),
-    Family("cohere", and_kin=True, tied=True),
     Family("gpt2", tied=True, gated=False, mlp_factor=4),
     *(Family(name, gated=False) for name in ("gpt_neox", "phi", "starcoder2", "falcon", "opt", "bloom", "mpt")),
 )
