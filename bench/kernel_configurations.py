@@ -116,6 +116,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             case = f"D={dim} {TYPE_NAMES[dtype]}"
             yield "compact", case, plan_compact(k, k, indices, kept, kept)
             yield "rotate", f"{case} R={turned}", plan_rotate(kept, cos, cos, kept)
+            yield "rotate", f"{case} R={turned} interleaved", plan_rotate(kept, cos, cos, kept, interleaved=True)
 
 
 def fed_in_blocks(kernel: str, case: str) -> bool:

@@ -35,6 +35,22 @@ from .limits import MAX_HEAD_SIZE, power_of_two
 BLOCK = 32
 
 
+@triton.jit
+def _pairs(p_rows, m_t, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 [rows, BLOCK_H] twice: of the rows at `p_rows`, the dimensions that turn together, beside each other."""
+    if INTERLEAVED:
+        # In one piece: every second element by itself would be a load of its own.
+        o_r = tl.arange(0, 2 * BLOCK_H)
+        b_rows = tl.load(p_rows[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < TURNED)[None, :])
+        b_low, b_high = tl.split(tl.reshape(b_rows, [p_rows.shape[0], BLOCK_H, 2]))
+    else:
+        o_h = tl.arange(0, BLOCK_H)
+        m_h = m_t[:, None] & (o_h < TURNED // 2)[None, :]
+        b_low = tl.load(p_rows[:, None] + o_h[None, :], mask=m_h)
+        b_high = tl.load(p_rows[:, None] + TURNED // 2 + o_h[None, :], mask=m_h)
+    return widened(b_low, UPCAST).to(tl.float32), widened(b_high, UPCAST).to(tl.float32)
+
+
 # Lengths vary from step to step: specialising on them would compile the same kernel again and again.
 @triton.jit(do_not_specialize=["keys", "heads"])
 def _rotate_kernel(
@@ -59,23 +75,24 @@ def _rotate_kernel(
 
     # Every product and sum is rounded to the element type, as PyTorch does, so that 16-bit results agree to the bit.
     DTYPE: tl.constexpr = x.dtype.element_ty
-    HALF: tl.constexpr = TURNED // 2
-    o_h = tl.arange(0, BLOCK_H)
-    m_h = m_t[:, None] & (o_h < HALF)[None, :]
-    o_low = 2 * o_h[None, :] if INTERLEAVED else o_h[None, :]
-    o_high = o_low + (1 if INTERLEAVED else HALF)
-    b_low = widened(tl.load(p_x[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
-    b_high = widened(tl.load(p_x[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
-    b_cos_low = widened(tl.load(p_cos[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
-    b_cos_high = widened(tl.load(p_cos[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
-    b_sin_low = widened(tl.load(p_sin[:, None] + o_low, mask=m_h), UPCAST).to(tl.float32)
-    b_sin_high = widened(tl.load(p_sin[:, None] + o_high, mask=m_h), UPCAST).to(tl.float32)
+    b_low, b_high = _pairs(p_x, m_t, TURNED, BLOCK_H, INTERLEAVED, UPCAST)
+    b_cos_low, b_cos_high = _pairs(p_cos, m_t, TURNED, BLOCK_H, INTERLEAVED, UPCAST)
+    b_sin_low, b_sin_high = _pairs(p_sin, m_t, TURNED, BLOCK_H, INTERLEAVED, UPCAST)
     b_low_turned = rounded(b_low * b_cos_low, DTYPE, UPCAST).to(tl.float32)
     b_low_turned -= rounded(b_high * b_sin_low, DTYPE, UPCAST).to(tl.float32)
     b_high_turned = rounded(b_high * b_cos_high, DTYPE, UPCAST).to(tl.float32)
     b_high_turned += rounded(b_low * b_sin_high, DTYPE, UPCAST).to(tl.float32)
-    tl.store(p_out[:, None] + o_low, rounded(b_low_turned, DTYPE, UPCAST), mask=m_h)
-    tl.store(p_out[:, None] + o_high, rounded(b_high_turned, DTYPE, UPCAST), mask=m_h)
+    b_low_turned = rounded(b_low_turned, DTYPE, UPCAST)
+    b_high_turned = rounded(b_high_turned, DTYPE, UPCAST)
+    if INTERLEAVED:
+        o_r = tl.arange(0, 2 * BLOCK_H)
+        b_turned = tl.reshape(tl.join(b_low_turned, b_high_turned), [BLOCK_T, 2 * BLOCK_H])
+        tl.store(p_out[:, None] + o_r[None, :], b_turned, mask=m_t[:, None] & (o_r < TURNED)[None, :])
+    else:
+        o_h = tl.arange(0, BLOCK_H)
+        m_h = m_t[:, None] & (o_h < TURNED // 2)[None, :]
+        tl.store(p_out[:, None] + o_h[None, :], b_low_turned, mask=m_h)
+        tl.store(p_out[:, None] + TURNED // 2 + o_h[None, :], b_high_turned, mask=m_h)
     if TURNED < D:
         o_p = tl.arange(0, BLOCK_P)
         m_p = m_t[:, None] & (o_p < D - TURNED)[None, :]
