@@ -180,13 +180,18 @@ def test_command_refuses_broken_gguf_files(tmp_path: Path, content: bytes, capsy
     assert "is not a readable GGUF file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "family"), [("gemma3", "gemma3_text"), ("qwen3moe", "qwen3_moe"), ("llama", "llama")])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("gemma3", "gemma3_text"), ("qwen3moe", "qwen3_moe"), ("qwen2moe", "qwen2_moe"), ("llama", "llama")],
+)
 def test_gguf_architectures_go_by_the_names_of_transformers(tmp_path: Path, name: str, family: str) -> None:
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
 
     entries = [text("general.architecture") + struct.pack("<I", 8) + text(name)]
     sizes = {"block_count": 12, "embedding_length": 64, "feed_forward_length": 128, "attention.head_count": 4}
+    if name == "qwen2moe":
+        sizes |= {"expert_count": 4, "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 48}
     for key, value in {**sizes, "vocab_size": 100, "attention.sliding_window": 32}.items():
         entries.append(text(f"{name}.{key}") + struct.pack("<II", 4, value))
     path = tmp_path / "tiny.gguf"
@@ -195,6 +200,8 @@ def test_gguf_architectures_go_by_the_names_of_transformers(tmp_path: Path, name
     assert shape.family == family
     if name == "gemma3":
         assert (shape.sliding_layers, shape.rotary_bases) == (10, 2)
+    if name == "qwen2moe":
+        assert (shape.experts, shape.intermediate, shape.shared) == (4, 32, 48)
 
 
 def test_search_takes_few_tries_where_peaks_are_straight() -> None:

@@ -115,6 +115,7 @@ def _gguf_config(path: Path) -> Any:
         "num_local_experts": "expert_count",
         "num_experts_per_tok": "expert_used_count",
         "moe_intermediate_size": "expert_feed_forward_length",
+        "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     }
     found = {ours: entries.get(f"{family}.{theirs}") for ours, theirs in names.items()}
     if family is None or found["num_hidden_layers"] is None:
