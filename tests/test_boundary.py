@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, greedy, token_ids, two_layers
+from tiny_models import FAMILIES, KINDS, build, greedy, token_ids, two_layers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -49,23 +49,26 @@ def model() -> PreTrainedModel:
     return FAMILIES["llama"]()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_prompt_is_bounded_in_every_family(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "length", "size"),
+    [*((family, LONG, 512) for family in KINDS), *((name, 1100, 128) for name in FAMILIES if name not in KINDS)],
+)
+def test_a_long_prompt_is_bounded_in_every_family(family: str, length: int, size: int) -> None:
     model = build(family, max_position_embeddings=16384, **two_layers(family))
-    with imdc.patch(model, memory_tokens=512, chunk_tokens=512) as handle, Widths(model) as widths:
-        output = model.generate(token_ids(LONG), max_new_tokens=2, do_sample=False, pad_token_id=0,
+    with imdc.patch(model, memory_tokens=size, chunk_tokens=size) as handle, Widths(model) as widths:
+        output = model.generate(token_ids(length), max_new_tokens=2, do_sample=False, pad_token_id=0,
                                 return_dict_in_generate=True)  # fmt: skip
-        tail = handle.config.observation_tokens
-        assert max(widths) <= 512 + 512 + tail
-        assert handle.report is not None and handle.report.prompt_tokens == LONG
+        most = 2 * size + handle.config.observation_tokens
+        assert max(widths) <= most < length
+        assert handle.report is not None and handle.report.prompt_tokens == length
         assert isinstance(output[hf.CACHE_NAME], ImdcCache)
         widths.clear()
         cache = handle.new_cache()
         for seed in (1, 2):
-            model(token_ids(LONG, seed=seed), **{hf.CACHE_NAME: cache}, logits_to_keep=1)
-        assert max(widths) <= 512 + 512 + tail
-        assert cache.stored_tokens() <= 512 and handle.report.prompt_tokens == LONG
-        assert cache.get_seq_length() == 2 * LONG
+            model(token_ids(length, seed=seed), **{hf.CACHE_NAME: cache}, logits_to_keep=1)
+        assert max(widths) <= most
+        assert cache.stored_tokens() <= size and handle.report.prompt_tokens == length
+        assert cache.get_seq_length() == 2 * length
 
 
 def test_an_answer_of_phi3_may_cross_its_switching_length() -> None:
