@@ -117,6 +117,9 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
             yield "compact", case, plan_compact(k, k, indices, kept, kept)
             yield "rotate", f"{case} R={turned}", plan_rotate(kept, cos, cos, kept)
             yield "rotate", f"{case} R={turned} interleaved", plan_rotate(kept, cos, cos, kept, interleaved=True)
+            if dtype != torch.float32:
+                wide = cos.float()
+                yield "rotate", f"{case} R={turned} float32 tables", plan_rotate(kept, wide, wide, kept)
 
 
 def fed_in_blocks(kernel: str, case: str) -> bool:

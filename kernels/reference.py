@@ -228,18 +228,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
 
     The dimensions r and r + R/2 turn together (the half-split form of Llama), or with `interleaved` 2r and 2r + 1 (that
     of the RoFormer paper, arXiv 2104.09864, in GLM, Cohere and ERNIE). Only the first R dimensions turn (partial rotary
-    of Phi); computed in the dtype of `x`, as transformers does.
+    of Phi). Tables of the dtype of `x` turn it in that dtype, as most models of transformers do; float32 tables turn a
+    shorter `x` in float32 and round once, as OLMo 2, Cohere and ERNIE do.
     """
     width = cos.shape[-1]
     half = width // 2
     first, second = slice(0, half), slice(half, width)
     if interleaved:
         first, second = slice(0, width, 2), slice(1, width, 2)
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype), device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Into the result by halves: whole products of a long memory would be the peak of a step.
     for own, other, sign in ((first, second, -1), (second, first, 1)):
-        torch.mul(x[..., own], cos[..., own], out=out[..., own])
-        out[..., own].add_(x[..., other] * sin[..., own], alpha=sign)
+        if cos.dtype == x.dtype:
+            torch.mul(x[..., own], cos[..., own], out=out[..., own])
+            out[..., own].add_(x[..., other] * sin[..., own], alpha=sign)
+        else:
+            turned = x[..., own] * cos[..., own]
+            out[..., own] = turned.add_(x[..., other] * sin[..., own], alpha=sign)
     out[..., width:] = x[..., width:]
     return out
 

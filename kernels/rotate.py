@@ -60,7 +60,7 @@ def _rotate_kernel(
     sin, stride_st,
     keys, heads,
     D: tl.constexpr, TURNED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
-    INTERLEAVED: tl.constexpr, UPCAST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SHORT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(keys, BLOCK_T)
     i_row = tl.program_id(0) // blocks
@@ -73,17 +73,21 @@ def _rotate_kernel(
     p_cos = cos + o_t * stride_ct
     p_sin = sin + o_t * stride_st
 
-    # Every product and sum is rounded to the element type, as PyTorch does, so that 16-bit results agree to the bit.
+    # With SHORT tables every product and sum is rounded to the element type, as PyTorch does, so that 16-bit results
+    # agree to the bit; with float32 tables of 16-bit keys the result alone is.
     DTYPE: tl.constexpr = x.dtype.element_ty
     b_low, b_high = _pairs(p_x, m_t, TURNED, BLOCK_H, INTERLEAVED, UPCAST)
     b_cos_low, b_cos_high = _pairs(p_cos, m_t, TURNED, BLOCK_H, INTERLEAVED, UPCAST)
     b_sin_low, b_sin_high = _pairs(p_sin, m_t, TURNED, BLOCK_H, INTERLEAVED, UPCAST)
-    b_low_turned = rounded(b_low * b_cos_low, DTYPE, UPCAST).to(tl.float32)
-    b_low_turned -= rounded(b_high * b_sin_low, DTYPE, UPCAST).to(tl.float32)
-    b_high_turned = rounded(b_high * b_cos_high, DTYPE, UPCAST).to(tl.float32)
-    b_high_turned += rounded(b_low * b_sin_high, DTYPE, UPCAST).to(tl.float32)
-    b_low_turned = rounded(b_low_turned, DTYPE, UPCAST)
-    b_high_turned = rounded(b_high_turned, DTYPE, UPCAST)
+    b_low_cos, b_high_sin = b_low * b_cos_low, b_high * b_sin_low
+    b_high_cos, b_low_sin = b_high * b_cos_high, b_low * b_sin_high
+    if SHORT:
+        b_low_cos = rounded(b_low_cos, DTYPE, UPCAST).to(tl.float32)
+        b_high_sin = rounded(b_high_sin, DTYPE, UPCAST).to(tl.float32)
+        b_high_cos = rounded(b_high_cos, DTYPE, UPCAST).to(tl.float32)
+        b_low_sin = rounded(b_low_sin, DTYPE, UPCAST).to(tl.float32)
+    b_low_turned = rounded(b_low_cos - b_high_sin, DTYPE, UPCAST)
+    b_high_turned = rounded(b_high_cos + b_low_sin, DTYPE, UPCAST)
     if INTERLEAVED:
         o_r = tl.arange(0, 2 * BLOCK_H)
         b_turned = tl.reshape(tl.join(b_low_turned, b_high_turned), [BLOCK_T, 2 * BLOCK_H])
@@ -120,6 +124,7 @@ def plan_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: b
             "BLOCK_P": power_of_two(max(1, dim - turned)),
             "BLOCK_T": BLOCK,
             "INTERLEAVED": interleaved,
+            "SHORT": cos.dtype == x.dtype,
             "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
         },
         num_warps=4,
@@ -134,8 +139,8 @@ def _plan(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Launch:
     require_tensor("x", x, (None, None, None, None), FLOATS)
     dim = x.shape[3]
     require(1 <= dim <= MAX_HEAD_SIZE, "x.shape[3]", dim, f"head sizes of 1..{MAX_HEAD_SIZE} only")
-    require_tensor("cos", cos, (x.shape[2], None), (x.dtype,))
-    require_tensor("sin", sin, tuple(cos.shape), (x.dtype,))
+    require_tensor("cos", cos, (x.shape[2], None), (x.dtype, torch.float32))
+    require_tensor("sin", sin, tuple(cos.shape), (cos.dtype,))
     turned = cos.shape[1]
     require(2 <= turned <= dim and turned % 2 == 0, "cos.shape[1]", turned, f"must be even and 2..{dim}, the head size")
     return plan_rotate(x, cos, sin, torch.empty_like(x, memory_format=torch.contiguous_format), interleaved)
@@ -146,7 +151,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
 
     Args:
         x: keys [B, Hkv, T, D], dense in the last dimension.
-        cos: [T, R] in the dtype of `x`, R even and 2..D; the dimensions past R pass unchanged.
+        cos: [T, R] in the dtype of `x` or float32, R even and 2..D; the dimensions past R pass unchanged.
         sin: as `cos`.
         interleaved: which dimensions turn together, as in `reference.rotate`.
 

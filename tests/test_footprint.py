@@ -56,6 +56,13 @@ def test_prediction_is_close_for_the_other_families(family: str) -> None:
     assert measured.error == pytest.approx(0.0, abs=0.05)
 
 
+@pytest.mark.parametrize("family", ["olmo2", "ernie4_5", "cohere", "cohere2", "exaone4"])
+def test_prediction_knows_keys_that_turn_otherwise_or_not(family: str) -> None:
+    config = PrefillConfig(chunk_tokens=40, memory_tokens=400, positions="compact", schedule="fm")
+    measured = measure(FAMILIES[family]().to(torch.bfloat16), prompt(1200), config)
+    assert measured.error == pytest.approx(0.0, abs=0.03)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "minimax_m2"])
 def test_prediction_knows_experts_narrower_than_what_they_give(family: str) -> None:
     width = "intermediate_size" if family in ("mixtral", "minimax_m2") else "moe_intermediate_size"

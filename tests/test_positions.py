@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, greedy, token_ids
+from tiny_models import FAMILIES, build, greedy, token_ids
 from torch import Tensor
 from traces import positions_of
 from transformers import PreTrainedModel
@@ -252,6 +252,18 @@ def test_new_tokens_alone_cannot_be_read_anew() -> None:
         # The cache is as it was: a turn that fits goes on from it.
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, stored, strict=True))
         generate(model, torch.cat((history, token_ids(20, seed=2)), dim=1), 8, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compact_positions_turn_keys_to_the_bit_as_the_model_does(family: str) -> None:
+    # Scaled by YaRN, as gpt-oss begins, keys at position 0 are rounded once more.
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}} if family == "gpt_oss" else {}
+    model, ids = FAMILIES[family](**rope).to(torch.bfloat16), token_ids(150)
+    found = []
+    for positions in ("original", "compact"):
+        with imdc.patch(model, memory_tokens=512, chunk_tokens=64, positions=positions):
+            found.append(greedy(model, ids).logits)
+    assert all(torch.equal(original, compact) for original, compact in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("family", "window"), [("exaone4", None), ("exaone4", 24), ("cohere2", 24)])

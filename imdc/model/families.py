@@ -23,9 +23,11 @@ class Family:
         and_kin: the row also describes model types without a row whose name begins with this one's.
         rope_by_layer_type: the rotary module takes the layer type (Gemma 3 has two bases).
         rotates: whether the layer of an attention module has rotary embedding.
+        turns_in_windows: only sliding layers have it where the config names a window; the same for plans.
         drops_cache: `prepare_inputs_for_generation` of the class drops the KV cache of a text beyond some length.
         float_rotary: where rotary embedding works in float32 whatever the dtype, the bytes that it takes per element of
             the queries at its peak.
+        float_tables: the rotary module keeps its cosines and sines in float32 too.
         half_rotary: the rotary module gives the cosine and sine of each angle once, not once per half of a head.
         interleaved: rotary embedding turns neighbouring dimensions together, not those half a head apart.
         interleaved_tables: the rotary module gives the cosine and sine of each angle twice in a row.
@@ -55,8 +57,10 @@ class Family:
     and_kin: bool = False
     rope_by_layer_type: bool = False
     rotates: Callable[[Any], bool] = lambda attention: True
+    turns_in_windows: bool = False
     drops_cache: bool = False
     float_rotary: int = 0
+    float_tables: bool = False
     half_rotary: bool = False
     interleaved: bool = False
     interleaved_tables: bool = False
@@ -110,12 +114,13 @@ _ROWS = (
         missing=_GEMMA3,
     ),
     Family("granite", "Granite"),
-    Family("olmo2", "OLMo 2", float_rotary=12, qk_norm=True, wide_qk_norm=True, post_norm=True),
+    Family("olmo2", "OLMo 2", float_rotary=12, float_tables=True, qk_norm=True, wide_qk_norm=True, post_norm=True),
     Family(
         "olmo3",
         "OLMo 3",
         rope_by_layer_type=True,
         float_rotary=12,
+        float_tables=True,
         qk_norm=True,
         wide_qk_norm=True,
         post_norm=True,
@@ -143,11 +148,12 @@ _ROWS = (
     Family("glm4", "GLM-4-0414", interleaved=True, norms=4, fused_mlp=True),
     Family("glm4_moe", "GLM-4.5", float_routing=True),
     Family("minimax_m2", "MiniMax-M2", qk_norm=True, wide_qk_norm=True, float_routing=True),
-    Family("ernie4_5", "ERNIE 4.5", interleaved=True, float_rotary=14, tied=True),
+    Family("ernie4_5", "ERNIE 4.5", interleaved=True, float_rotary=14, float_tables=True, tied=True),
     Family(
         "exaone4",
         "EXAONE 4",
         rotates=lambda attention: attention.sliding_window is None or attention.is_sliding,
+        turns_in_windows=True,
         qk_norm=True,
         post_norm=True,
         window_pattern=4,
@@ -167,6 +173,7 @@ _ROWS = (
         "cohere2",
         "Command A, Command R7B",
         rotates=lambda attention: attention.sliding_window is not None,
+        turns_in_windows=True,
         interleaved=True,
         interleaved_tables=True,
         float_rotary=16,

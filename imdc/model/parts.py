@@ -154,7 +154,7 @@ class Parts:
         return hf.execution_device(module)
 
     def rotary(self, layer: int, positions: Tensor, dtype: torch.dtype) -> Tables | None:
-        """Tables of `positions` (int64 [T]) without attention scaling; None where nothing turns.
+        """Tables of `positions` (int64 [T]) for keys of `dtype`, without attention scaling; None where nothing turns.
 
         The scaling of long-context variants (YaRN) is already in the canonical keys, which the model computes at
         position 0.
@@ -177,7 +177,11 @@ class Parts:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         elif family.interleaved and not family.interleaved_tables:
             cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1) for x in (cos, sin))
-        return Tables(cos[0].to(dtype), sin[0].to(dtype), family.interleaved)
+        if not family.float_tables:
+            cos, sin = cos.to(dtype), sin.to(dtype)
+        if family.float_rotary:
+            cos, sin = cos.float(), sin.float()
+        return Tables(cos[0], sin[0], family.interleaved)
 
     def query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Factor [T, 1] on queries at `positions` (int64 [T]), as Ministral 3 applies it; None where there is none.

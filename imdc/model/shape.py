@@ -56,6 +56,7 @@ class ModelShape:
         post_norm: norms follow attention and MLP instead of preceding them (OLMo 2).
         float_rotary: where rotary embedding works in float32 whatever the dtype (OLMo 2), the bytes that it takes per
             element of the queries.
+        turns_in_windows: layers that see everything have no rotary embedding (EXAONE 4, Command A).
         rotary_bases: sets of rotary tables; sliding layers of Gemma 3 have their own.
         norms_per_layer: RMS norms per layer besides those of queries and keys.
         weight_bits: bits per weight of the layers' matrices where the checkpoint is quantised, else None.
@@ -97,6 +98,7 @@ class ModelShape:
     sinks: bool = False
     post_norm: bool = False
     float_rotary: int = 0
+    turns_in_windows: bool = False
     rotary_bases: int = 1
     norms_per_layer: int = 2
     weight_bits: int | None = None
@@ -230,6 +232,7 @@ class ModelShape:
             sinks=row.sinks,
             post_norm=row.post_norm,
             float_rotary=row.float_rotary,
+            turns_in_windows=row.turns_in_windows and bool(getattr(config, "sliding_window", None)),
             rotary_bases=1 + row.rope_by_layer_type,
             weight_bits=weight_bits(config),
             attention_quantised=attention_is_quantised(config),

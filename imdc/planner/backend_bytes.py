@@ -20,13 +20,22 @@ from imdc.planner.work import Layers, Work
 def turned_bytes(work: Work, layers: Layers) -> tuple[int, int]:
     """Bytes of rotated copies of keys and queries, and of the temporaries of rotating, these included."""
     shape, total = work.shape, layers.before + work.rows
-    if not work.compact:
+    if not work.compact or (layers.window is None and shape.turns_in_windows):
         return 0, 0
-    keys = total * shape.kv_heads * shape.head_dim * shape.dtype_bytes
-    queries = work.rows * shape.dtype_bytes * shape.q_heads * shape.head_dim
-    turned = keys + queries
-    # PyTorch needs a product beside the result, of half the width.
-    return turned, turned if work.backend == "triton" else max(3 * keys // 2, keys + 3 * queries // 2)
+    size, head = shape.dtype_bytes, shape.head_dim
+    keys, queries = total * shape.kv_heads * head, work.rows * shape.q_heads * head
+    turned = size * (keys + queries)
+    if work.backend == "triton":
+        return turned, turned
+    return turned, max(rotating_bytes(shape, keys, size), size * keys + rotating_bytes(shape, queries, size))
+
+
+def rotating_bytes(shape: ModelShape, elements: int, size: int) -> int:
+    """Bytes that PyTorch needs to rotate so many elements of so many bytes, the result included."""
+    if shape.float_rotary and size < 4:
+        # Two products in float32, each of half the width, beside the result.
+        return (size + 4) * elements
+    return 3 * size * elements // 2
 
 
 def attention_bytes(work: Work, rows: int, before: int, window: int | None) -> int:

@@ -120,9 +120,8 @@ def _peak(work: Work, workspace_keys: int) -> StepFootprint:
     shape, kinds = work.shape, work.kinds
     per_key = 2 * shape.rotary * shape.rotary_bases
     # Token ids and positions are int64.
-    tables = work.rows * (per_key * (4 if shape.float_rotary else shape.dtype_bytes) + 16)
-    if work.compact:
-        tables += work.keys * per_key * shape.dtype_bytes
+    per_key *= 4 if shape.float_rotary else shape.dtype_bytes
+    tables = work.rows * (per_key + 16) + work.keys * per_key * work.compact
     # A chunk's pairs are alive until a GPU has copied them to the host, while the next layer begins.
     tables += sending_bytes(work)
     pair = shape.kv_bytes_per_token

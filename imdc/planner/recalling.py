@@ -18,7 +18,7 @@ from itertools import takewhile
 from imdc.config import INT8_GROUP, SUMMARY_TOKENS, PrefillConfig
 from imdc.model.backend_rule import KERNELS
 from imdc.model.shape import ModelShape
-from imdc.planner.backend_bytes import selection_bytes
+from imdc.planner.backend_bytes import rotating_bytes, selection_bytes
 from imdc.planner.batch import Batch
 from imdc.planner.work import Layers, Work
 from imdc.units import format_bytes
@@ -88,7 +88,8 @@ def recall_bytes(work: Work, layers: Layers, following: int = 0) -> int:
     if work.compact:
         # In halves beside the result, with their tables, when there are logits of the blocks before.
         before = [sum(logits[: min(number, held)]) + sum(logits[held:number][-1:]) for number in range(len(logits))]
-        each = (there + turned * (3 * keys // 2 + 2 * shape.rotary) * block) // block
+        tables = 2 * shape.rotary * (4 if shape.float_rotary else turned)
+        each = there // block + rotating_bytes(shape, keys, turned) + tables
         turning = max(done + each * len(one) for done, one in zip(before, read_blocks(tokens), strict=True))
     rest, best = logits[held:], compared_blocks(layers.before, tokens) if renews else 0
     whole = not renews and recalls_whole(shape.max_positions, rows, tokens, work.compact)

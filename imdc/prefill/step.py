@@ -167,7 +167,7 @@ class StepRun:
             # Neither this layer nor the fullest one drops any, so all keep their numbers.
             return keys
         numbers = torch.arange(end - keys.shape[2], end, device=keys.device)
-        new = self.parts.rotary(layer, numbers, tables.cos.dtype)
+        new = self.parts.rotary(layer, numbers, keys.dtype)
         # Tokens seen so far tell one compression of a row from the next.
         return moved(keys, tables.at(places), new, seed=self.row.tokens)
 
