@@ -59,7 +59,15 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
     from imdc.kernels.compress import compression_config, plan_compress
     from imdc.kernels.fused_step import plan_fused_step
     from imdc.kernels.key_mass import plan_key_mass
-    from imdc.kernels.limits import OUTPUT_CHANGE, POOLINGS, SCORINGS, StepSizes, fused_step_fits
+    from imdc.kernels.limits import (
+        OUTPUT_CHANGE,
+        POOLINGS,
+        SCORINGS,
+        StepSizes,
+        compression_rows,
+        fused_step_fits,
+        most_compressed_rows,
+    )
     from imdc.kernels.rotate import plan_rotate
     from imdc.kernels.select import plan_select
 
@@ -96,8 +104,9 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
                 if fused_step_fits(sizes, target.major):
                     blocks = attention_config(q, k, k, target)
                     yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
-                blocks = compression_config(q, k, k, sizes, target)
-                yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
+                if compression_rows(sizes) <= most_compressed_rows(sizes):
+                    blocks = compression_config(q, k, k, sizes, target)
+                    yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):
         scores = _ghost(1, KV_HEADS, keys, dtype=torch.float32)
         indices = _ghost(1, KV_HEADS, keys // 2, dtype=torch.int64)

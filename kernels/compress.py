@@ -106,8 +106,9 @@ def compression_config(q: Tensor, k: Tensor, v: Tensor, sizes: StepSizes, target
     # On Blackwell a block of 128 keys puts some registers on the stack.
     columns = 64 if power_of_two(q.shape[3], least=16) > 128 or target.major == 10 else 128
     columns = scored_columns(columns, sizes.scoring)
-    # Eight warps have too few registers each for two products of large heads there.
-    warps = 4 if target.major == 10 and sizes.scoring == OUTPUT_CHANGE and sizes.dim > 64 else 8
+    # There, where two products of so many rows fit four warps, eight put some on the stack.
+    few = rows <= 64 and 64 < sizes.dim <= 128
+    warps = 4 if target.major == 10 and sizes.scoring == OUTPUT_CHANGE and few else 8
     return Config(rows, columns, num_warps=warps, num_stages=2, descriptors=target.copies_tensors and aligned(v))
 
 

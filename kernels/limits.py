@@ -161,6 +161,11 @@ def compression_rows(work: StepSizes) -> int:
     return power_of_two(work.observers * work.group, least=16)
 
 
+def most_compressed_rows(work: StepSizes) -> int:
+    """Most of these rows that one program has registers for: fewer for two products of large heads."""
+    return MOST_COMPRESSED_ROWS // (2 if work.scoring == OUTPUT_CHANGE and work.dim > 128 else 1)
+
+
 def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int) -> bool:
     """Whether one launch with a program per KV head compresses sooner than separate launches over the whole device.
 
@@ -173,9 +178,7 @@ def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int)
         multiprocessors: of the chip.
     """
     rows = compression_rows(work)
-    # Two products of large heads with so many rows do not fit the registers.
-    most = MOST_COMPRESSED_ROWS // (2 if work.scoring == OUTPUT_CHANGE and work.dim > 128 else 1)
-    if rows > most or work.keep == 0:
+    if rows > most_compressed_rows(work) or work.keep == 0:
         return False
     heads = work.batch * work.kv_heads
     scored = work.scored(rows, major)
