@@ -215,12 +215,12 @@ def test_reference_text_is_long_prose() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("observer", ["prompt_tail"])
 def test_demo_finds_the_fact(observer: str, smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["demo", "--prompt-tokens", "3000", "--memory-tokens", "256", "--observer", observer, "--json"]
+    argv = ["demo", "--prompt-tokens", "6000", "--memory-tokens", "512", "--observer", observer, "--json"]
     status = main(argv)
     found = json.loads(capsys.readouterr().out)
     assert found["right"], found["answer"]
     assert status == 0
-    assert found["memory_tokens"] == 256
+    assert found["memory_tokens"] == 512
 
 
 @pytest.mark.slow
