@@ -105,8 +105,9 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("Arcee", {}),
 }
 
-# One of every kind that imdc treats in a way of its own: windows, keys that turn otherwise or not at all, scaled
-# queries, caps, sinks, a cache that the class drops, experts. The others differ in what lies between the attentions.
+# One of every kind that imdc treats in a way of its own: windows; keys that turn otherwise, in float32, in windows only
+# or not at all; scaled queries, caps, sinks, a cache that the class drops, experts. What sets the others apart is among
+# these, or lies between the attentions.
 KINDS = (
     "llama",
     "mistral_sliding",
@@ -118,6 +119,8 @@ KINDS = (
     "qwen3_moe",
     "gpt_oss",
     "glm4",
+    "olmo3",
+    "cohere2",
 )
 # With layers of both kinds.
 MIXED = tuple(family for family, (_, extra) in _CLASSES.items() if "layer_types" in extra)
