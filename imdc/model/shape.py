@@ -150,11 +150,15 @@ class ModelShape:
         return self.layer_matrices + biases + head_norms + self.norms_per_layer * self.hidden
 
     @property
+    def all_layers_parameters(self) -> int:
+        """Parameters of all decoder layers."""
+        return self.layers * self.layer_parameters - self.less_when_dense(self.experts)
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        layers = self.layers * self.layer_parameters - self.less_when_dense(self.experts)
-        return layers + embeddings + self.hidden
+        return self.all_layers_parameters + embeddings + self.hidden
 
     @property
     def weights(self) -> int:

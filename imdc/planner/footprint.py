@@ -187,8 +187,7 @@ def _flops(work: Work) -> int:
 def _moved_bytes(work: Work) -> int:
     shape, step = work.shape, work.step
     # Embeddings stay out, and so do experts that no row of a small chunk can reach.
-    layers = shape.layers * shape.layer_parameters - shape.less_when_dense(shape.experts)
-    embeddings = (shape.parameters - layers) * shape.dtype_bytes
+    embeddings = (shape.parameters - shape.all_layers_parameters) * shape.dtype_bytes
     idle = max(0, shape.experts - work.rows * shape.experts_per_token) * shape.expert_parameters
     weights = int((shape.weights - embeddings) * (1 - idle / shape.layer_parameters))
     # A sliding layer's memory is left out: it makes this less of a bound, never a wrong one.
