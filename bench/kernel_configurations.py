@@ -64,9 +64,8 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
         POOLINGS,
         SCORINGS,
         StepSizes,
-        compression_rows,
+        compression_fits,
         fused_step_fits,
-        most_compressed_rows,
     )
     from imdc.kernels.rotate import plan_rotate
     from imdc.kernels.select import plan_select
@@ -104,7 +103,7 @@ def launches(capability: int, quick: bool) -> Iterator[tuple[str, str, Any]]:
                 if fused_step_fits(sizes, target.major):
                     blocks = attention_config(q, k, k, target)
                     yield "fused_step", name, plan_fused_step(q, k, k, k, q, written, rules, blocks)
-                if compression_rows(sizes) <= most_compressed_rows(sizes):
+                if compression_fits(sizes):
                     blocks = compression_config(q, k, k, sizes, target)
                     yield "compress", name, plan_compress(q, k, k, k, q, lse, written, rules, blocks)
     for keys in (8192, 65536) if quick else (1024, 4096, 8192, 16384, 32768, 65536):

@@ -161,9 +161,10 @@ def compression_rows(work: StepSizes) -> int:
     return power_of_two(work.observers * work.group, least=16)
 
 
-def most_compressed_rows(work: StepSizes) -> int:
-    """Most of these rows that one program has registers for: fewer for two products of large heads."""
-    return MOST_COMPRESSED_ROWS // (2 if work.scoring == OUTPUT_CHANGE and work.dim > 128 else 1)
+def compression_fits(work: StepSizes) -> bool:
+    """Whether one program has registers enough for so many rows: fewer fit with two products of large heads."""
+    most = MOST_COMPRESSED_ROWS // (2 if work.scoring == OUTPUT_CHANGE and work.dim > 128 else 1)
+    return compression_rows(work) <= most
 
 
 def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int) -> bool:
@@ -177,9 +178,9 @@ def compression_in_one_launch(work: StepSizes, major: int, multiprocessors: int)
         major: generation of the chip.
         multiprocessors: of the chip.
     """
-    rows = compression_rows(work)
-    if rows > most_compressed_rows(work) or work.keep == 0:
+    if not compression_fits(work) or work.keep == 0:
         return False
+    rows = compression_rows(work)
     heads = work.batch * work.kv_heads
     scored = work.scored(rows, major)
     chain = (scored + work.selected + work.moved) * -(-heads // multiprocessors)
