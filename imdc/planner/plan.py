@@ -248,9 +248,8 @@ def plan(
     shape, place, machine = _shape_of(model_or_config)
     machine = machine if device in (None, place) else ANY_MACHINE
     batch = Batch(prompt_tokens, rows, new_tokens=new_tokens, question_tokens=question_tokens)
-    return plan_shape(
-        shape, batch, chosen, device=device or place or "cuda", device_bytes=device_bytes, machine=machine
-    )
+    place = device or place or "cuda"
+    return plan_shape(shape, batch, chosen, device=place, device_bytes=device_bytes, machine=machine)
 
 
 def _shape_of(source: Any) -> tuple[ModelShape, str | None, Machine]:
